@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where protobuf is touched: an `.onnx` file becomes an `onnx_ir.Model`, and back.
+
+Reading treats the file as hostile: it must parse, pass ONNX's own checker, and keep its external data inside its own
+folder. Writing goes to a temporary name first, so that no half-written file is ever left under the final one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from ..contracts.errors import InputError
+from ..contracts.signature import Dim, Signature, TensorSpec
+
+EXTERNAL_DATA_FROM = 1_800_000_000
+"""Tensor bytes from which weights go to a file of their own: protobuf ends at 2^31 bytes."""
+
+MINIMUM_OPSET = 13
+"""Older graphs are upgraded when read: per-axis quantization and Shape/Squeeze with tensors start there."""
+
+
+def read(path: Path) -> ir.Model:
+    """Read and check an `.onnx` file; weights in external data stay on disk until they are used.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is missing, corrupt or truncated, refers to data outside its folder, or is not valid ONNX.
+    """
+    if not path.is_file():
+        raise InputError(f"no such file: {path.name}", next_step="Check the path.")
+    again = "Export or download the file again."
+    try:
+        model = ir.load(path)
+        graph_nodes = len(model.graph)
+    except (Exception, RecursionError) as error:
+        raise InputError(f"{path.name} is not a readable ONNX file ({_first_line(error)})", next_step=again) from error
+    if not graph_nodes and not model.graph.outputs:
+        raise InputError(f"{path.name} holds no graph", next_step=again)
+    for tensor in _external_tensors(model):
+        _check_external(path, tensor)
+    try:
+        onnx.checker.check_model(os.fspath(path))
+    except Exception as error:
+        raise InputError(f"{path.name} is not valid ONNX: {_first_line(error)}", next_step=again) from error
+    return _at_least(model, MINIMUM_OPSET, path.name)
+
+
+def write(model: ir.Model, path: Path) -> int:
+    """Write `model`, with external data beside it as `<name>.onnx_data` when it exceeds protobuf's limit.
+
+    The bytes depend on the model alone. Returns the number of bytes written over all files.
+    """
+    large = weight_bytes(model) >= EXTERNAL_DATA_FROM
+    partial = path.with_name(f".{path.name}.partial")
+    data = path.with_name(path.name + "_data")
+    try:
+        if large:
+            ir.save(model, partial, external_data=data.name)
+        else:
+            ir.save(_in_memory(model), partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if large:
+            data.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path.name}: {reason}", next_step="Free some space or choose -o.") from error
+    return path.stat().st_size + (data.stat().st_size if large else 0)
+
+
+def file_bytes(path: Path) -> int:
+    """Size of an `.onnx` file together with its external data, in bytes."""
+    model = ir.load(path)
+    names = {os.fspath(tensor.location) for tensor in _external_tensors(model)}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers and Constant nodes, subgraphs included."""
+    held = sum(value.const_value.nbytes for value in _initializers(model) if value.const_value is not None)
+    return held + sum(tensor.nbytes for tensor in _attribute_tensors(model))
+
+
+def signature_of(model: ir.Model) -> Signature:
+    """The graph's inputs and outputs as plain data."""
+    initializers = model.graph.initializers
+    inputs = [value for value in model.graph.inputs if value.name not in initializers]
+    return Signature(tuple(map(_spec, inputs)), tuple(map(_spec, model.graph.outputs)))
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How often each operator occurs, subgraphs and functions included; `domain::Type` outside the ONNX domain."""
+    nodes = list(model.graph.all_nodes())
+    for function in model.functions.values():
+        nodes += function.all_nodes()
+    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    dims: list[Dim] = []
+    for dim in value.shape or ():
+        dims.append(dim if isinstance(dim, int) else (str(dim.value) if dim.value is not None else None))
+    return TensorSpec(str(value.name), "unknown" if value.dtype is None else _dtype_name(value.dtype), tuple(dims))
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    if dtype == ir.DataType.STRING:
+        return "string"
+    return str(dtype.numpy().name)
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from graph.initializers.values()
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in _initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+    for tensor in _attribute_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            yield tensor
+
+
+def _attribute_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                yield attribute.value
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    """Refuse data that lies outside the model's folder, also behind a link, and data that is not all there."""
+    folder = path.parent.resolve()
+    location = os.fspath(tensor.location)
+    target = (folder / location).resolve()
+    if os.path.isabs(location) or not target.is_relative_to(folder):
+        raise InputError(
+            f"{path.name}: the external data of '{tensor.name}' points outside the model's folder",
+            next_step="Put the data file beside the .onnx and refer to it by its name alone.",
+        )
+    if not target.is_file():
+        raise InputError(
+            f"{path.name}: its external data file {target.name} is missing", next_step="Copy it beside the .onnx."
+        )
+    end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+    if end > target.stat().st_size or (tensor.length is not None and tensor.length < tensor.nbytes):
+        raise InputError(
+            f"{path.name}: its external data file {target.name} is cut short at '{tensor.name}'",
+            next_step="Copy the data file again.",
+        )
+
+
+def _in_memory(model: ir.Model) -> ir.Model:
+    """Replace tensors that lie in external files, so that the written file stands alone."""
+    for value in _initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _copied(tensor)
+    for node in model.graph.all_nodes():
+        for name, attribute in list(node.attributes.items()):
+            if isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, _copied(attribute.value))
+    return model
+
+
+def _copied(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
+    version = model.opset_imports.get("", opset)
+    if version >= opset:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
+        upgraded: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        return upgraded
+    except Exception as error:
+        raise InputError(
+            f"{name} uses opset {version}, and ONNX's converter cannot bring it to {opset}: {_first_line(error)}",
+            next_step=f"Export it again with opset {opset} or newer.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

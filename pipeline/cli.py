@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: one verb a stage. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..contracts.errors import GateFailed, OnnxpressError
+
+if TYPE_CHECKING:
+    from .progress import Progress
+    from .recipe import Recipe
+
+_INTERRUPTED, _INTERRUPTION = 130, "interrupted; nothing was left behind"
+
+app = typer.Typer(
+    name="onnxpress",
+    help="Press a PyTorch model into the smallest, fastest .onnx that still does its job, and prove it.",
+    epilog="Start with: onnxpress demo. Exit codes: 0 accepted, 1 internal, 2 bad input, 3 a gate failed, "
+    "4 cannot be exported, 5 something is not installed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+SourceArgument = Annotated[
+    str,
+    typer.Argument(help="Transformers folder or hub id, package.module:factory, or .onnx file.", show_default=False),
+]
+Task = Annotated[str | None, typer.Option(help="What the model is for; asked of the checkpoint if absent.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Built-in recipe or YAML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change one key: passes.0.key=value. Repeatable.")]
+GateOption = Annotated[list[str] | None, typer.Option("--gate", help="Condition: 'accuracy_drop <= 0.3'. Repeatable.")]
+Evaluation = Annotated[str | None, typer.Option(help="Data for the task metric: .tsv .csv .jsonl .npz, ...")]
+Calibration = Annotated[str | None, typer.Option(help="Data for passes that need statistics.")]
+Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, ...")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from .versions import versions
+
+        typer.echo(f"onnxpress {versions()['onnxpress']}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: onnxpress demo -o artifacts/demo")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder.")] = Path("artifacts/demo"),
+    recipe: RecipeOption = "int8-dynamic",
+    examples: Annotated[int, typer.Option(help="Docstrings to evaluate on.", min=20)] = 400,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The main job on a real model that ships in a package: all-MiniLM-L6-v2, no download."""
+    from .demo import run_demo
+    from .show import print_outcome
+
+    outcome = run_demo(output, _recipe(recipe), examples, _progress())
+    show = partial(print_outcome, outcome, as_json=as_json)
+    _conclude(outcome.manifest, as_json, show, outcome.require_accepted)
+
+
+@app.command(
+    epilog="Example: onnxpress press ./my-model --recipe int8-dynamic --evaluation dev.tsv "
+    "--gate 'accuracy_drop <= 0.3' -o artifacts/my-model"
+)
+def press(
+    source: SourceArgument,
+    task: Task = None,
+    recipe: RecipeOption = "int8-dynamic",
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
+    provider: Provider = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Bundle folder; artifacts/NAME if absent.")
+    ] = None,
+    gate: GateOption = None,
+    set_: Set = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export, compress, prove, measure, and write a bundle if every gate passes."""
+    from .press import load_data
+    from .press import press as run
+    from .show import print_outcome
+
+    chosen = _recipe(recipe, set_, gate)
+    calibration_data, evaluation_data = load_data(calibration), load_data(evaluation, chosen.validation.examples)
+    outcome = run(
+        source,
+        chosen,
+        output or Path("artifacts") / _name_of(source, chosen.name),
+        task=task,
+        calibration=calibration_data,
+        evaluation=evaluation_data,
+        provider=provider,
+        force=force,
+        progress=_progress(),
+    )
+    show = partial(print_outcome, outcome, as_json=as_json)
+    _conclude(outcome.manifest, as_json, show, outcome.require_accepted)
+
+
+@app.command(epilog="Example: onnxpress export ./my-model -o my-model.onnx --set export.pooling=mean")
+def export(
+    source: SourceArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .onnx file to write.")],
+    task: Task = None,
+    recipe: RecipeOption = "fp32",
+    set_: Set = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the fp32 graph alone, cleaned, fused and proven against the original; no bundle."""
+    from .verbs import export_file
+
+    result = export_file(source, output, task, _recipe(recipe, set_), force=force, progress=_progress())
+    _print(
+        result,
+        as_json,
+        f"{result['file']}: {result['bytes']:,} bytes, {result['nodes']} nodes, "
+        f"largest relative error {result['relative_error']:.2g}",
+    )
+
+
+@app.command(epilog="Example: onnxpress validate ./my-model my-model.onnx --evaluation dev.tsv --gate 'cosine >= 0.99'")
+def validate(
+    source: SourceArgument,
+    candidate: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
+    task: Task = None,
+    evaluation: Evaluation = None,
+    provider: Provider = "cpu",
+    gate: GateOption = None,
+    set_: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare an .onnx file or a bundle with the original, output by output."""
+    from .press import load_data
+    from .show import print_validation
+    from .verbs import require_gates, validate_candidate
+
+    settings = _recipe("fp32", set_)
+    data = load_data(evaluation, settings.validation.examples)
+    result = validate_candidate(source, candidate, task, data, provider, gate or [], settings, _progress())
+    show = partial(print_validation, result, as_json=as_json)
+    _conclude(result, as_json, show, partial(require_gates, result))
+
+
+@app.command(epilog="Example: onnxpress benchmark artifacts/demo --reference ./my-model --evaluation dev.tsv")
+def benchmark(
+    candidate: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
+    reference: Annotated[str | None, typer.Option(help="Source to compare with; interleaved in the same run.")] = None,
+    task: Task = None,
+    evaluation: Evaluation = None,
+    provider: Provider = "cpu",
+    set_: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a candidate, interleaved with its reference: latency, throughput, load time, memory."""
+    from .press import load_data
+    from .show import print_benchmarks
+    from .verbs import benchmark_candidate
+
+    settings = _recipe("fp32", set_)
+    data = load_data(evaluation, settings.validation.examples)
+    rows = benchmark_candidate(candidate, reference, task, data, provider, settings, _progress())
+    print_benchmarks(rows, as_json=as_json)
+
+
+@app.command(epilog="Example: onnxpress inspect model.onnx")
+def inspect(
+    model: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a model: signature, operators, weights by type, size."""
+    from .show import print_inspection
+    from .verbs import inspect_model
+
+    print_inspection(inspect_model(model), as_json=as_json)
+
+
+@app.command(epilog="Example: onnxpress verify artifacts/demo")
+def verify(
+    bundle: BundleArgument,
+    provider: Provider = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every file's hash, load the model and run the golden samples."""
+    from ..runtime.bundle import verify as check
+
+    result = check(bundle, provider=provider)
+    shown = {"files_checked": result.files_checked, "samples_run": result.samples_run, "worst": result.worst}
+    _print(
+        shown, as_json, f"{bundle}: {result.files_checked} files unchanged, {result.samples_run} golden samples agree"
+    )
+
+
+@app.command(epilog="Example: onnxpress recipes int8-dynamic > my-recipe.yaml")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe as YAML.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the built-in recipes, or print one to start from."""
+    from ..contracts.errors import InputError, did_you_mean
+    from .recipe import built_in, load_recipe
+
+    texts = built_in()
+    if name is not None:
+        if name not in texts:
+            raise InputError(f"unknown recipe '{name}'", next_step=did_you_mean(name, texts))
+        typer.echo(json.dumps(load_recipe(name).to_json(), indent=2) if as_json else texts[name].rstrip())
+        return
+    lines = {n: " ".join(x.lstrip("# ") for x in t.splitlines() if x.startswith("#")) for n, t in texts.items()}
+    width = max(map(len, lines)) + 2
+    _print(lines, as_json, "\n".join(f"{n:<{width}}{line}" for n, line in lines.items()))
+
+
+@app.command(epilog="Example: onnxpress doctor")
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine can do: versions, providers, instruction sets, and what is missing."""
+    from .doctor import examine
+    from .show import print_doctor
+
+    print_doctor(examine(), as_json=as_json)
+
+
+def _recipe(name: str, overrides: list[str] | None = None, gates: list[str] | None = None) -> Recipe:
+    from .recipe import load_recipe
+
+    return load_recipe(name, overrides or [], gates or [])
+
+
+def _progress() -> Progress:
+    from .progress import Progress
+
+    return Progress(enabled=True)
+
+
+def _name_of(source: str, recipe: str) -> str:
+    path = Path(source)
+    name = path.resolve().name if path.is_dir() else source.rstrip("/")  # `.` has no name of its own
+    last = name.replace(":", ".").rsplit("/", 1)[-1].removesuffix(".onnx")
+    return f"{last or 'model'}-{recipe}"
+
+
+def _print(result: Any, as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text)
+
+
+class _Refused(GateFailed):
+    """A gate failed; with --json, what was measured and the error are one object."""
+
+    def __init__(self, error: GateFailed, result: dict[str, Any]) -> None:
+        super().__init__(error.message, next_step=error.next_step)
+        self.result = result
+
+
+def _conclude(
+    result: dict[str, Any], as_json: bool, show: Callable[[], None], require_gates: Callable[[], None]
+) -> None:
+    """Show a result, and fail if a gate did: a table comes before the error, JSON is left to the error."""
+    if not as_json:
+        show()
+    try:
+        require_gates()
+    except GateFailed as error:
+        raise _Refused(error, result) from None
+    if as_json:
+        show()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run, and turn every error into one line, its next step and its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug, as_json = "--debug" in words, "--json" in words
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=words, prog_name="onnxpress", standalone_mode=False)
+        if code == _INTERRUPTED:  # typer has caught the interrupt, and says nothing
+            code = _fail(_INTERRUPTION, "", _INTERRUPTED, as_json)
+    except KeyboardInterrupt:
+        code = _fail(_INTERRUPTION, "", _INTERRUPTED, as_json)
+    except OnnxpressError as error:
+        if debug:
+            traceback.print_exc()
+        result = error.result if isinstance(error, _Refused) else None
+        code = _fail(error.message, error.next_step, error.exit_code, as_json, result)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except Exception as error:  # noqa: BLE001 - the last resort: one line, not a traceback
+        code = _from_click(error, as_json)
+        if code is None:
+            if debug:
+                traceback.print_exc()
+            reason = f"internal error: {type(error).__name__}: {error}"
+            code = _fail(reason, "Run again with --debug and report it.", 1, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _from_click(error: Exception, as_json: bool) -> int | None:
+    """The exit code of click's own exceptions (usage errors, aborts), or None for anything else."""
+    kind = {cls.__name__ for cls in type(error).__mro__}
+    if "Abort" in kind and isinstance(error.__cause__, EOFError):  # a file that ended early, not the user
+        return _fail(
+            f"internal error: EOFError: {error.__cause__}", "Run again with --debug and report it.", 1, as_json
+        )
+    if "Abort" in kind:
+        return _fail(_INTERRUPTION, "", _INTERRUPTED, as_json)
+    if "NoArgsIsHelpError" in kind:
+        typer.echo(getattr(error, "message", str(error)))
+        return 2
+    if "ClickException" in kind:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        context = getattr(error, "ctx", None)
+        step = f"See: {context.command_path} --help" if context is not None else "See: onnxpress --help"
+        return _fail(text.rstrip("."), step, 2, as_json)
+    if "Exit" in kind:
+        return int(getattr(error, "exit_code", 0))
+    return None
+
+
+def _fail(message: str, next_step: str, code: int, as_json: bool, result: dict[str, Any] | None = None) -> int:
+    """Print the one line, on standard error; with --json also as an object, with `result`, on standard output."""
+    message = " ".join(message.split())
+    if as_json:
+        told = {"error": message, "next_step": next_step, "exit_code": code, **(result or {})}
+        print(json.dumps(told, ensure_ascii=False))  # noqa: T201
+    print(f"onnxpress: {message}{'' if message.endswith(('.', '?')) else '.'} {next_step}".rstrip(), file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs to compare and to time with: texts that break tokenizers, several shapes, padding on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..contracts.errors import InputError
+from ..contracts.signature import Signature, TensorSpec
+from ..exporters.exported import ExportedModel
+from ..runtime.benchmark import Setting
+from .data import Dataset
+from .recipe import BenchmarkSettings
+
+Feeds = dict[str, np.ndarray]
+UNNAMED_BATCH = "batch, unnamed"
+"""Stands for a first axis of free size without a name in `shaped_inputs`."""
+
+HARD_TEXTS = (
+    "Der Bär läuft über die große Straße – naïve café, señor, Ωmega.",
+    "",
+    "模型压缩之后还能用吗? 今日は良い天気ですね。 안녕하세요 세계",
+    "Great 👍🏽 service!!! 😀 I'd buy it again… (5/5) https://example.org/?q=a&b=c",
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
+    * 3,
+    "ok",
+)
+"""Accents, nothing at all, scripts without spaces, emoji with modifiers, a long text, a short one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch on which outputs are compared.
+
+    Attributes:
+        name: For the report, such as `3 x 17, padded left`.
+        feeds: Input name to array.
+        text: The text behind it, for the golden samples.
+    """
+
+    name: str
+    feeds: Feeds
+    text: str | None = None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """True where a token counts, bool [batch, sequence]; None without an attention mask."""
+        mask = self.feeds.get("attention_mask")
+        return None if mask is None or mask.ndim != 2 else mask.astype(bool)
+
+
+def comparison_cases(exported: ExportedModel, data: Dataset | None) -> list[Case]:
+    """Batches of different shapes, by tokenizer where there is one, from the data or the signature otherwise."""
+    if exported.tokenize is not None:
+        return _text_cases(exported)
+    if data is not None and data.kind == "arrays":
+        fixed = fixed_batch(exported.signature)
+        sizes = sorted({1, min(4, len(data))}) if fixed is None else [_filled(data, fixed)]
+        return [Case(f"data, batch {size}", stack(exported.signature, data, 0, size)) for size in sizes]
+    return _shape_cases(exported)
+
+
+def golden_cases(exported: ExportedModel, data: Dataset | None) -> list[Case]:
+    """Single samples that any consumer can check itself with."""
+    if exported.tokenize is not None:
+        tokenize = exported.tokenize
+        cases = [Case(f"text {i}", tokenize([text]), text) for i, text in enumerate(HARD_TEXTS)]
+        return [case for case in cases if all(array.size for array in case.feeds.values())]
+    return comparison_cases(exported, data)[:2]
+
+
+def benchmark_settings(exported: ExportedModel, data: Dataset | None, settings: BenchmarkSettings) -> list[Setting]:
+    """Batch 1 at the data's own lengths, and the fixed, compute-bound batch: they give very different answers."""
+    if exported.tokenize is not None:
+        return _text_settings(exported, data, settings)
+    fixed = fixed_batch(exported.signature)
+    one, batch = fixed or 1, fixed or settings.batch
+    if data is not None and data.kind == "arrays":
+        one, batch = _filled(data, one), min(batch, len(data))
+        starts = range(0, len(data) - one + 1, one)[: settings.rounds]
+        single = [stack(exported.signature, data, start, one) for start in starts]
+        many = stack(exported.signature, data, 0, batch)
+    else:
+        axis = _batch_axis(exported.signature)
+        single = [shaped_inputs(exported, {axis: one}, seed=i) for i in range(4)]
+        many = shaped_inputs(exported, {axis: batch}, seed=9)
+    rows = [Setting("latency", one, _shapes(single[0]), single)]
+    if _shapes(many) != rows[0].shape:
+        rows.append(Setting("throughput", batch, _shapes(many), [many]))
+    return rows
+
+
+def _text_settings(exported: ExportedModel, data: Dataset | None, settings: BenchmarkSettings) -> list[Setting]:
+    tokenize = exported.tokenize
+    assert tokenize is not None
+    texts, pairs = dataset_texts(data.head(max(settings.rounds, settings.batch)) if data else None)
+    single = [tokenize([t], None if pairs is None else [pairs[i]]) for i, t in enumerate(texts[: settings.rounds])]
+    lengths = [feeds["input_ids"].shape[1] for feeds in single]
+    length = min(n for n in (settings.sequence, exported.max_length) if n is not None)
+    # Compute-bound: every token is real, as in the busiest batch that a server would make
+    longest = " ".join(texts) + " " + " ".join(HARD_TEXTS[-2:]) * 20
+    many = tokenize([longest] * settings.batch, max_length=length)
+    return [
+        Setting("latency", 1, f"1 x own length ({min(lengths)}-{max(lengths)} tokens)", single),
+        Setting("throughput", settings.batch, f"{settings.batch} x {many['input_ids'].shape[1]} tokens", [many]),
+    ]
+
+
+def dataset_texts(data: Dataset | None) -> tuple[list[str], list[str] | None]:
+    """The texts of a dataset and, for pairs, the second ones; built-in sentences without a dataset."""
+    if data is None:
+        return [t for t in HARD_TEXTS if t], None
+    if data.kind == "arrays":
+        raise InputError("this model reads text, the data holds arrays", next_step="Give data with texts.")
+    if data.kind == "words":
+        return [" ".join(example.words or ()) for example in data.examples], None
+    texts = [example.text or "" for example in data.examples]
+    pairs = [example.text_pair or "" for example in data.examples] if data.kind == "pairs" else None
+    return texts, pairs
+
+
+def stack(signature: Signature, data: Dataset, start: int, count: int) -> Feeds:
+    """Examples start .. start + count of an array dataset as one batch, in the dtypes that the model reads."""
+    rows = [example.arrays or {} for example in data.examples[start : start + count]]
+    feeds: Feeds = {}
+    for spec in signature.inputs:
+        if spec.name not in rows[0]:
+            raise InputError(
+                f"{data.name} has no array for input '{spec.name}'",
+                next_step=f"It has: {', '.join(rows[0])}. Name the arrays after the inputs.",
+            )
+        arrays = [row[spec.name] for row in rows]
+        if len({a.shape for a in arrays}) > 1:
+            raise InputError(f"{data.name}: examples of '{spec.name}' differ in shape", next_step="Pad them.")
+        feeds[spec.name] = np.stack(arrays).astype(spec.dtype, copy=False)
+    return feeds
+
+
+def _text_cases(exported: ExportedModel) -> list[Case]:
+    tokenize = exported.tokenize
+    assert tokenize is not None
+    together = tokenize([t for t in HARD_TEXTS if t])
+    cases = [
+        Case(f"{_shape(together)} tokens, padded right", together),
+        Case("empty text", tokenize([""])),
+        Case("1 token", {name: array[:1, :1] for name, array in tokenize([HARD_TEXTS[0]]).items()}),
+    ]
+    left = _padded_left(together)
+    if left is not None:
+        cases.append(Case(f"{_shape(left)} tokens, padded left", left))
+    for text in HARD_TEXTS[3:5]:
+        feeds = tokenize([text])
+        cases.append(Case(f"{_shape(feeds)} tokens", feeds))
+    return [case for case in cases if all(array.size for array in case.feeds.values())]
+
+
+def _padded_left(feeds: Feeds) -> Feeds | None:
+    """Move each row's padding to its front."""
+    mask = feeds.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return None
+    turned = {name: array.copy() for name, array in feeds.items()}
+    for row in range(mask.shape[0]):
+        shift = int((mask[row] == 0).sum())
+        for array in turned.values():
+            array[row] = np.roll(array[row], shift)
+    return turned
+
+
+def _shape_cases(exported: ExportedModel) -> list[Case]:
+    axes = list(exported.signature.dynamic_axes())
+    if any(spec.shape[:1] == (None,) for spec in exported.signature.inputs):
+        axes.insert(0, UNNAMED_BATCH)
+    sizes: Sequence[dict[str, int]] = [{}]
+    if axes:
+        sizes = [
+            {axis: 2 + i for i, axis in enumerate(axes)},
+            dict.fromkeys(axes, 1),
+            {axis: 5 - (i % 3) for i, axis in enumerate(axes)},
+        ]
+    return [
+        Case(
+            ", ".join(f"{axis} {n}" for axis, n in size.items()) or "fixed shape", shaped_inputs(exported, size, seed=i)
+        )
+        for i, size in enumerate(sizes)
+    ]
+
+
+def shaped_inputs(exported: ExportedModel, sizes: Mapping[str, int], *, seed: int) -> Feeds:
+    """Random inputs after the signature; example inputs set the scale of floats and the range of integers.
+
+    Args:
+        exported: Its signature, and for a factory its example inputs.
+        sizes: Axis name to size; an axis that is not in it is as long as in the example, or 2.
+        seed: Of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    return {spec.name: _random(spec, exported.fixed_inputs, sizes, rng) for spec in exported.signature.inputs}
+
+
+def _random(
+    spec: TensorSpec, examples: Mapping[str, np.ndarray] | None, sizes: Mapping[str, int], rng: np.random.Generator
+) -> np.ndarray:
+    example = (examples or {}).get(spec.name)
+    shape: list[int] = []
+    for axis, dim in enumerate(spec.shape):
+        known = example.shape[axis] if example is not None else 2
+        name = dim if dim is not None else UNNAMED_BATCH if axis == 0 else ""
+        shape.append(name if isinstance(name, int) else sizes.get(name, known))
+    if spec.name == "attention_mask":
+        return np.ones(shape, dtype=spec.dtype)
+    if spec.dtype == "bool":
+        return rng.integers(0, 2, shape).astype(bool)
+    if spec.dtype == "string":
+        raise InputError(f"input '{spec.name}' is text", next_step="Give example inputs with --evaluation FILE.npz.")
+    if np.issubdtype(np.dtype(spec.dtype), np.integer):
+        low, high = (int(example.min()), int(example.max())) if example is not None else (0, 1)
+        return rng.integers(low, high + 1, shape).astype(spec.dtype)
+    mean, spread = (float(example.mean()), float(example.std()) or 1.0) if example is not None else (0.0, 1.0)
+    return (mean + spread * rng.standard_normal(shape)).astype(spec.dtype)
+
+
+def fixed_batch(signature: Signature) -> int | None:
+    """The size of the first input's first axis where the graph fixes it; None where any batch fits."""
+    first = signature.inputs[0].shape[0] if signature.inputs and signature.inputs[0].shape else 1
+    return first if isinstance(first, int) else None
+
+
+def _batch_axis(signature: Signature) -> str:
+    """What the graph calls its batch: the first input's first axis, whatever its name."""
+    first = signature.inputs[0].shape[0] if signature.inputs and signature.inputs[0].shape else None
+    return first if isinstance(first, str) else UNNAMED_BATCH
+
+
+def _filled(data: Dataset, batch: int) -> int:
+    """Return `batch`, or raise InputError where the data does not fill one."""
+    if len(data) < batch:
+        raise InputError(
+            f"{data.name} has {len(data)} examples, the model reads batches of {batch}",
+            next_step=f"Give a multiple of {batch} examples, or export with a dynamic batch.",
+        )
+    return batch
+
+
+def _shape(feeds: Feeds) -> str:
+    return " x ".join(str(n) for n in next(iter(feeds.values())).shape)
+
+
+def _shapes(feeds: Feeds) -> str:
+    return ", ".join("x".join(str(n) for n in array.shape) or "scalar" for array in feeds.values())

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way through: source -> exported model -> passes -> parity, metrics, benchmark -> gates -> bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contracts.errors import InputError
+from ..contracts.tasks import FEATURES
+from ..exporters import graph_file, sources
+from ..exporters.exported import ExportedModel
+from ..exporters.graph_file import operator_counts, signature_of
+from ..runtime import machine as machine_facts
+from ..runtime import probe as onnx_probe
+from ..runtime.benchmark import Contender, Setting, measure
+from ..runtime.profiling import by_operator, profile
+from ..runtime.session import Session, require_provider
+from . import gates as gate_rules
+from .bundle import Staging, write_bundle
+from .data import Dataset, load_dataset
+from .evaluate import evaluate, metric_names
+from .inputs import Feeds, benchmark_settings, comparison_cases, golden_cases
+from .passes.base import PassReport, run_pass
+from .passes.clean import Clean
+from .progress import Progress
+from .recipe import Recipe
+from .validate import Parity, Run, compare, require_export_parity
+from .versions import versions
+
+BASELINE = "onnx-fp32"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a press came to.
+
+    Attributes:
+        manifest: Everything that was measured, also when the result is refused.
+        folder: The bundle; None when a gate refused it.
+    """
+
+    manifest: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def accepted(self) -> bool:
+        return self.folder is not None
+
+    def require_accepted(self) -> None:
+        """Raise GateFailed, naming the gates, unless the result was accepted."""
+        gate_rules.require_all(
+            self.manifest["gates"], "Nothing was written. Loosen the gate or choose a milder recipe."
+        )
+
+
+def press(
+    source: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    task: str | None = None,
+    calibration: Dataset | None = None,
+    evaluation: Dataset | None = None,
+    provider: str = "cpu",
+    force: bool = False,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Press `source` after `recipe` and write the bundle to `output` if every gate passes.
+
+    Args:
+        source: Transformers folder or hub id, `package.module:factory`, or `.onnx` file.
+        recipe: What to do; see `load_recipe`.
+        output: The bundle's folder. It is replaced as a whole, and only when the new bundle is complete.
+        task: A name from `contracts.tasks`; None asks the source.
+        calibration: Data for passes that need statistics; no pass of this version does, and then it is refused.
+        evaluation: Data for the task metric and for realistic lengths.
+        provider: Execution provider's short name.
+        force: Replace a bundle that exists.
+        name: The source's name in the manifest, instead of its own.
+        progress: Told about each stage.
+
+    Raises:
+        InputError, ExportError, MissingDependency: See `contracts.errors`. Nothing is left behind.
+    """
+    say = progress or Progress()
+    require_provider(provider)
+    passes, gates = recipe.built_passes(), recipe.parsed_gates()
+    if calibration is not None and not any(p.needs for p in passes):
+        raise InputError(
+            f"recipe {recipe.name} needs no calibration data", next_step="Leave --calibration out, or use --evaluation."
+        )
+    with Staging(output, force=force) as staging:
+        say("export", source)
+        exported = sources.load(source, task, recipe.export)
+        exported.location = source
+        gate_rules.check_names(gates, metric_names(exported.task, evaluation))
+        run = _Run(exported, recipe, provider, evaluation, staging.scratch, say)
+        baseline = run.export_baseline()
+        reports = run.apply_passes(staging.variant_path(recipe.file_name))
+        manifest = run.measure_all(baseline, staging.variant_path(recipe.file_name))
+        manifest["passes"] = [report.to_json() for report in reports]
+        manifest["source"] = {**exported.source.to_json(), **({"name": name} if name else {})}
+        manifest["name"] = staging.target.name
+        values = _gate_values(manifest, run.parity)
+        manifest["gates"] = [gate.judge(values) for gate in gates]
+        accepted = all(gate["passed"] for gate in manifest["gates"])
+        manifest["status"] = "accepted" if accepted else "refused"
+        if not accepted:
+            return Outcome(manifest, None)
+        say("bundle", str(output))
+        golden = golden_cases(exported, evaluation)
+        write_bundle(staging, manifest, exported, recipe, golden, run.reference, run.candidate, provider)
+        return Outcome(manifest, staging.publish())
+
+
+class _Run:
+    """One press in progress: the sessions that are open and what was measured so far."""
+
+    def __init__(
+        self,
+        exported: ExportedModel,
+        recipe: Recipe,
+        provider: str,
+        evaluation: Dataset | None,
+        scratch: Path,
+        say: Progress,
+    ) -> None:
+        self.exported, self.recipe, self.provider = exported, recipe, provider
+        self.evaluation, self.scratch, self.say = evaluation, scratch, say
+        self.threads = recipe.benchmark.threads or machine_facts.default_threads()
+        self.cases = comparison_cases(exported, evaluation)
+        self.reference: Run = self._reference()
+        self.candidate: Run = self.reference
+        self.parity = Parity()
+        self.export_parity = Parity()
+        self.reference_bytes = 0
+
+    def _reference(self) -> Run:
+        if self.exported.reference is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+            return self.exported.reference.run
+        assert self.exported.original_file is not None
+        return self._session(self.exported.original_file).run
+
+    def _session(self, file: Path) -> Session:
+        return Session(file, provider=self.provider, threads=self.threads)
+
+    def _compare(self, candidate: Run) -> Parity:
+        return compare(self.reference, candidate, self.cases, classes=self.exported.task != FEATURES)
+
+    def export_baseline(self) -> Path:
+        """Write the exported graph, cleaned and otherwise untouched, and prove that it is the original."""
+        file = self.scratch / "baseline.onnx"
+        cleaned, _ = run_pass(Clean(), self.exported.model.clone())
+        written = graph_file.write(cleaned, file)
+        original = self.exported.original_file
+        self.reference_bytes = graph_file.file_bytes(original) if original else written
+        self.say("compare", "exported graph with the original")
+        self.export_parity = self._compare(self._session(file).run)
+        require_export_parity(self.export_parity, self.recipe.validation.export_tolerance)
+        return file
+
+    def apply_passes(self, file: Path) -> list[PassReport]:
+        """Run the recipe's passes on the exported graph and write the candidate."""
+        model, reports = self.exported.model, []
+        for settings in self.recipe.built_passes():
+            self.say("pass", settings.name)
+            model, report = run_pass(settings, model)
+            reports.append(report)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.candidate_bytes = graph_file.write(model, file)
+        self.exported.model = model
+        return reports
+
+    def measure_all(self, baseline: Path, file: Path) -> dict[str, Any]:
+        """Parity, task metrics, benchmark and profile of the candidate, as the manifest has them."""
+        candidate = self._session(file)
+        self.candidate = candidate.run
+        self.say("compare", "candidate with the original")
+        self.parity = self._compare(self.candidate)
+        metrics: dict[str, Any] = {}
+        if self.evaluation is not None:
+            self.say("evaluate", f"{len(self.evaluation)} examples of {self.evaluation.name}")
+            batch = self.recipe.validation.batch
+            metrics = evaluate(self.exported, self.evaluation, self.reference, self.candidate, batch)
+        settings = benchmark_settings(self.exported, self.evaluation, self.recipe.benchmark)
+        benchmarks = self._benchmark(settings, baseline, file)
+        self.say("profile", "where the time goes")
+        nodes = profile(file, settings[-1].feeds[0], provider=self.provider, threads=self.threads)
+        ratio = self.reference_bytes / max(1, self.candidate_bytes)
+        return {
+            **self._facts(file),
+            "metrics": metrics,
+            "export_parity": self.export_parity.to_json(),
+            "parity": self.parity.to_json(),
+            "parity_cases": self.parity.cases,
+            "parity_padding": self.parity.padding,
+            "benchmarks": benchmarks,
+            "size": {
+                "reference_bytes": self.reference_bytes,
+                "candidate_bytes": self.candidate_bytes,
+                "ratio": round(ratio, 4),
+            },
+            "operator_times": [
+                {"op": t.op, "count": t.nodes, "ms": round(t.ms_per_run, 4), "share": round(t.share, 4)}
+                for t in by_operator(nodes)
+            ],
+            "nodes": [
+                {"name": t.name, "op": t.op, "ms": round(t.ms_per_run, 4), "share": round(t.share, 4)} for t in nodes
+            ],
+            "warnings": self._warnings(),
+        }
+
+    def _facts(self, file: Path) -> dict[str, Any]:
+        model, recipe = self.exported.model, self.recipe
+        data = self.evaluation
+        return {
+            "schema_version": 1,
+            "onnxpress": versions()["onnxpress"],
+            "created_by": f"onnxpress {versions()['onnxpress']}",
+            "task": self.exported.task,
+            "export": self.exported.export_details,
+            "max_length": self.exported.max_length,
+            "recipe": {
+                "name": recipe.name,
+                "sha256": recipe.sha256(),
+                "passes": [dict(entry) for entry in recipe.to_json()["passes"]],
+            },
+            "versions": versions(),
+            "machine": machine_facts.machine(),
+            "variant": recipe.name,
+            "variants": {recipe.name: {"path": f"onnx/{file.name}"}},
+            "signature": signature_of(model).to_json(),
+            "opsets": dict(model.opset_imports),
+            "operators": operator_counts(model),
+            "data": {
+                "evaluation": data and {"name": data.name, "sha256": data.sha256, "examples": len(data)},
+                "calibration": None,
+            },
+        }
+
+    def _benchmark(self, settings: list[Setting], baseline: Path, file: Path) -> list[dict[str, Any]]:
+        contenders = self._contenders(settings[0].feeds[0], baseline, file)
+        limits = self.recipe.benchmark
+        measured = measure(
+            contenders,
+            settings,
+            rounds=limits.rounds,
+            max_seconds=limits.max_seconds,
+            threads=self.threads,
+            progress=lambda line: self.say("benchmark", line),
+        )
+        return [m.to_json() for m in measured]
+
+    def _contenders(self, feeds: Feeds, baseline: Path, file: Path) -> list[Contender]:
+        """The reference first, then everything that it should be compared with, the candidate last."""
+        example = self.scratch / "inputs.npz"
+        with example.open("wb") as stream:
+            np.savez(stream, **feeds)  # type: ignore[arg-type]
+
+        def onnx(variant: str, path: Path) -> Contender:
+            command = onnx_probe.command(path, example, provider=self.provider, threads=self.threads)
+            return Contender(variant, self.provider, self._session(path).run, command)
+
+        contenders = self._torch_contenders(example)
+        if not contenders:
+            assert self.exported.original_file is not None
+            contenders.append(onnx("onnx-original", self.exported.original_file))
+        if self.exported.original_file is None:
+            contenders.append(onnx(BASELINE, baseline))
+        return [*contenders, onnx(self.recipe.name, file)]
+
+    def _torch_contenders(self, example: Path) -> list[Contender]:
+        reference: Any = self.exported.reference
+        if reference is None:
+            return []
+        from ..exporters.reference import bfloat16_is_native
+
+        command = [sys.executable, "-P", "-m", "onnxpress.exporters.probe", self._source_argument()]
+        command += ["--inputs", str(example), "--threads", str(self.threads), "--task", self.exported.task]
+        command += ["--settings", json.dumps(self.recipe.to_json()["export"])]
+        if self.provider == "cuda":
+            reference = reference.to("cuda")
+            return [Contender("pytorch-fp32", "pytorch-cuda", reference.run)]
+        contenders = [Contender("pytorch-fp32", "pytorch", reference.run, command)]
+        if bfloat16_is_native():
+            twin = reference.in_bfloat16()
+            contenders.append(Contender("pytorch-bf16", "pytorch", twin.run, [*command, "--bfloat16"]))
+        return contenders
+
+    def _source_argument(self) -> str:
+        return self.exported.location or self.exported.source.name
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        isa = machine_facts.machine()["isa"]
+        quantized = any("Integer" in op for op in operator_counts(self.exported.model))
+        if quantized and "avx2" in isa and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(isa):
+            warnings.append(
+                "This processor has no VNNI: its int8 kernels may saturate. Set reduce_range on quantize_dynamic."
+            )
+        if self.evaluation is None:
+            warnings.append("No evaluation data was given: accuracy was not measured, only the outputs were compared.")
+        return warnings
+
+
+def _gate_values(manifest: dict[str, Any], parity: Parity) -> dict[str, float | None]:
+    """Every name that a gate may use, with its measured value."""
+    values: dict[str, float | None] = {"size_ratio": manifest["size"]["ratio"]}
+    for row in manifest["benchmarks"]:
+        if row["variant"] == manifest["variant"]:
+            values[f"{row['setting']}_ratio"] = row["ratio_to_reference"]["median"]
+    for key, lowest in (
+        ("sqnr_db", True),
+        ("cosine", True),
+        ("max_abs_error", False),
+        ("relative_error", False),
+        ("top1_agreement", True),
+    ):
+        values[key] = parity.worst(key, lowest=lowest)
+    for name, row in manifest["metrics"].items():
+        values[name], values[f"{name}_drop"] = row["candidate"], row["drop"]
+    return values
+
+
+def load_data(spec: str | None, limit: int | None = None) -> Dataset | None:
+    """`load_dataset`, with None for no data."""
+    return None if spec is None else load_dataset(spec, limit)
+
+
+__all__ = ["Outcome", "load_data", "press"]

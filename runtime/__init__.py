@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs a bundle: sessions, profiles, benchmarks and verification. Needs neither torch nor transformers.
+
+Importing this imports nothing heavy; each name is loaded when it is first used. What describes the machine is in
+`onnxpress.runtime.machine`, whose function has the module's name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .benchmark import Contender, Measurement, Setting, measure
+    from .bundle import VerifyResult, hash_file, read_manifest, verify, write_sums
+    from .machine import default_threads
+    from .profiling import NodeTime, OperatorTime, by_operator, operators_after_optimization, profile
+    from .session import PROVIDERS, Session, available_providers, require_provider
+
+__all__ = [
+    "PROVIDERS",
+    "Contender",
+    "Measurement",
+    "NodeTime",
+    "OperatorTime",
+    "Session",
+    "Setting",
+    "VerifyResult",
+    "available_providers",
+    "by_operator",
+    "default_threads",
+    "hash_file",
+    "measure",
+    "operators_after_optimization",
+    "profile",
+    "read_manifest",
+    "require_provider",
+    "verify",
+    "write_sums",
+]
+
+_HOME = {
+    "benchmark": ("Contender", "Measurement", "Setting", "measure"),
+    "bundle": ("VerifyResult", "hash_file", "read_manifest", "verify", "write_sums"),
+    "machine": ("default_threads",),
+    "profiling": ("NodeTime", "OperatorTime", "by_operator", "operators_after_optimization", "profile"),
+    "session": ("PROVIDERS", "Session", "available_providers", "require_provider"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

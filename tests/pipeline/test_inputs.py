@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs that are compared and timed: shapes, padding on either side, and what a fixed batch asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxpress.contracts.errors import InputError
+from onnxpress.pipeline.data import Dataset
+from onnxpress.pipeline.data_files import Example
+from onnxpress.pipeline.inputs import (
+    HARD_TEXTS,
+    Case,
+    benchmark_settings,
+    comparison_cases,
+    dataset_texts,
+    golden_cases,
+    shaped_inputs,
+    stack,
+)
+from onnxpress.pipeline.recipe import BenchmarkSettings
+
+from .samples import TEXT_INPUTS, LetterTokenizer, exported
+
+LONGEST = max(map(len, HARD_TEXTS)) + 2
+SETTINGS = BenchmarkSettings(rounds=5)
+
+
+def _arrays(count: int, shape: tuple[int, ...] = (3,), name: str = "x") -> Dataset:
+    rows = [Example(arrays={name: np.full(shape, i, np.float64)}) for i in range(count)]
+    return Dataset(tuple(rows), "arrays", "dev.npz", "0" * 64)
+
+
+def _texts(*texts: str) -> Dataset:
+    return Dataset(tuple(Example(text=t) for t in texts), "text", "dev.tsv", "0" * 64)
+
+
+def _reader(limit: int = 500, *, special: bool = True) -> Any:
+    tokenize = LetterTokenizer(limit, special=special)
+    return exported(TEXT_INPUTS, task="text-classification", tokenize=tokenize, max_length=limit)
+
+
+def _cases_by_name(cases: list[Case]) -> dict[str, Case]:
+    assert len({case.name for case in cases}) == len(cases)
+    return {case.name: case for case in cases}
+
+
+def test_the_hard_texts_are_hard() -> None:
+    joined = "".join(HARD_TEXTS)
+    assert "" in HARD_TEXTS
+    for letter in ("ä", "Ω", "模", "안", "👍🏽", "😀", "\N{HORIZONTAL ELLIPSIS}"):
+        assert letter in joined
+
+
+def test_text_cases_have_several_shapes_an_empty_text_one_token_and_padding_on_both_sides() -> None:
+    cases = _cases_by_name(comparison_cases(_reader(), None))
+    assert cases["empty text"].feeds["input_ids"].shape == (1, 2)
+    assert cases["1 token"].feeds["input_ids"].shape == (1, 1)
+    assert f"5 x {LONGEST} tokens, padded right" in cases
+    assert f"5 x {LONGEST} tokens, padded left" in cases
+    assert len({case.feeds["input_ids"].shape for case in cases.values()}) >= 4
+    for case in cases.values():
+        assert set(case.feeds) == {"input_ids", "attention_mask"}
+
+
+def test_left_padding_really_moves_the_padding_and_changes_nothing_else() -> None:
+    cases = _cases_by_name(comparison_cases(_reader(), None))
+    right, left = (cases[f"5 x {LONGEST} tokens, padded {side}"].feeds for side in ("right", "left"))
+    assert not np.array_equal(left["attention_mask"], right["attention_mask"])
+    for row in range(5):
+        count = int(right["attention_mask"][row].sum())
+        assert right["attention_mask"][row, :count].all()
+        assert left["attention_mask"][row, LONGEST - count :].all()
+        assert not left["attention_mask"][row, : LONGEST - count].any()
+        assert np.array_equal(left["input_ids"][row, LONGEST - count :], right["input_ids"][row, :count])
+        assert not left["input_ids"][row, : LONGEST - count].any()
+
+
+def test_a_tokenizer_without_special_tokens_makes_no_case_of_no_tokens() -> None:
+    reader = _reader(special=False)
+    for case in [*comparison_cases(reader, None), *golden_cases(reader, None)]:
+        assert all(array.size for array in case.feeds.values())
+
+
+def test_golden_samples_are_one_for_each_hard_text_and_carry_it() -> None:
+    cases = golden_cases(_reader(), None)
+    assert [case.text for case in cases] == list(HARD_TEXTS)
+    assert all(case.feeds["input_ids"].shape[0] == 1 for case in cases)
+
+
+def test_array_cases_come_from_the_data_in_the_dtype_of_the_model() -> None:
+    model = exported({"x": ("float32", ("batch", 3))})
+    cases = comparison_cases(model, _arrays(9))
+    assert [case.feeds["x"].shape for case in cases] == [(1, 3), (4, 3)]
+    assert cases[1].feeds["x"].dtype == np.float32
+    assert cases[1].feeds["x"][:, 0].tolist() == [0, 1, 2, 3]
+    assert [case.feeds["x"].shape for case in comparison_cases(model, _arrays(1))] == [(1, 3)]
+    assert len(golden_cases(model, _arrays(9))) == 2
+
+
+@pytest.mark.parametrize("fixed", [1, 4])
+def test_a_fixed_batch_is_filled_everywhere(fixed: int) -> None:
+    model = exported({"x": ("float32", (fixed, 3))})
+    assert [case.feeds["x"].shape for case in comparison_cases(model, _arrays(9))] == [(fixed, 3)]
+    for data in (_arrays(9), None):
+        (setting,) = benchmark_settings(model, data, SETTINGS)
+        assert (setting.name, setting.batch) == ("latency", fixed)
+        assert {feeds["x"].shape for feeds in setting.feeds} == {(fixed, 3)}
+
+
+def test_data_that_does_not_fill_a_fixed_batch_is_refused() -> None:
+    model = exported({"x": ("float32", (4, 3))})
+    with pytest.raises(InputError, match=r"dev.npz has 3 examples, the model reads batches of 4"):
+        comparison_cases(model, _arrays(3))
+    with pytest.raises(InputError, match=r"dev.npz has 3 examples, the model reads batches of 4"):
+        benchmark_settings(model, _arrays(3), SETTINGS)
+
+
+@pytest.mark.parametrize("axis", ["batch", "N", "batch_size", None])
+def test_the_batch_is_the_first_axis_whatever_its_name(axis: str | None) -> None:
+    model = exported({"x": ("float32", (axis, 3)), "y": ("float32", (axis, 5, None))})
+    latency, throughput = benchmark_settings(model, None, SETTINGS)
+    assert (latency.name, latency.batch, latency.shape) == ("latency", 1, "1x3, 1x5x2")
+    assert (throughput.name, throughput.batch, throughput.shape) == ("throughput", 8, "8x3, 8x5x2")
+    assert len({feeds["x"].shape[0] for case in comparison_cases(model, None) for feeds in [case.feeds]}) >= 2
+
+
+def test_array_settings_take_the_data_one_by_one_and_then_in_a_batch() -> None:
+    model = exported({"x": ("float32", ("batch", 3))})
+    latency, throughput = benchmark_settings(model, _arrays(20), SETTINGS)
+    assert [feeds["x"][0, 0] for feeds in latency.feeds] == [0, 1, 2, 3, 4]
+    assert (throughput.batch, throughput.shape) == (8, "8x3")
+    assert benchmark_settings(model, _arrays(6), SETTINGS)[1].batch == 6
+
+
+def test_text_settings_are_batch_1_at_own_lengths_and_8_by_128_with_every_token_real() -> None:
+    latency, throughput = benchmark_settings(_reader(), _texts("a", "bcd", "efghi", "", "jk", "l", "m"), SETTINGS)
+    assert [feeds["input_ids"].shape for feeds in latency.feeds] == [(1, 3), (1, 5), (1, 7), (1, 2), (1, 4)]
+    assert (latency.batch, latency.shape) == (1, "1 x own length (2-7 tokens)")
+    assert (throughput.batch, throughput.shape) == (8, "8 x 128 tokens")
+    assert throughput.feeds[0]["attention_mask"].shape == (8, 128)
+    assert throughput.feeds[0]["attention_mask"].all()
+
+
+def test_a_model_with_few_positions_is_timed_at_what_it_can_read() -> None:
+    throughput = benchmark_settings(_reader(limit=64), None, SETTINGS)[1]
+    assert throughput.shape == "8 x 64 tokens"
+    wide = BenchmarkSettings(batch=3, sequence=16)
+    assert benchmark_settings(_reader(), None, wide)[1].shape == "3 x 16 tokens"
+
+
+def test_texts_of_every_kind_of_data() -> None:
+    assert dataset_texts(None) == ([t for t in HARD_TEXTS if t], None)
+    pairs = Dataset((Example(text="a", text_pair="b"), Example(text="c", text_pair="d")), "pairs", "p", "")
+    assert dataset_texts(pairs) == (["a", "c"], ["b", "d"])
+    words = Dataset((Example(words=("New", "York")),), "words", "w", "")
+    assert dataset_texts(words) == (["New York"], None)
+    with pytest.raises(InputError, match="this model reads text, the data holds arrays"):
+        dataset_texts(_arrays(1))
+
+
+def test_a_pair_is_timed_as_a_pair() -> None:
+    pairs = Dataset((Example(text="a", text_pair="bb"),), "pairs", "p", "")
+    (feeds,) = benchmark_settings(_reader(), pairs, SETTINGS)[0].feeds
+    assert feeds["input_ids"].shape == (1, 2 + len("a|bb"))
+
+
+def test_arrays_that_do_not_fit_say_which() -> None:
+    model = exported({"x": ("float32", ("batch", 3)), "y": ("int64", ("batch",))})
+    with pytest.raises(InputError, match=r"dev\.npz has no array for input 'y'") as caught:
+        stack(model.signature, _arrays(2), 0, 2)
+    assert caught.value.next_step == "It has: x. Name the arrays after the inputs."
+    uneven = Dataset((*_arrays(1).examples, *_arrays(1, (4,)).examples), "arrays", "dev.npz", "")
+    with pytest.raises(InputError, match="examples of 'x' differ in shape"):
+        stack(exported({"x": ("float32", ("batch", None))}).signature, uneven, 0, 2)
+
+
+def test_random_inputs_follow_the_signature_and_the_example() -> None:
+    spec = {
+        "x": ("float32", ("batch", 3, "time")),
+        "ids": ("int64", ("batch", "time")),
+        "attention_mask": ("int64", ("batch", "time")),
+        "flag": ("bool", ("batch",)),
+        "half": ("float16", (None, 2)),
+        "scale": ("float32", ()),
+    }
+    example = {"ids": np.array([[3, 9]]), "x": np.full((1, 3, 2), 100.0, np.float32)}
+    feeds = shaped_inputs(exported(spec, fixed_inputs=example), {"batch": 4, "time": 50}, seed=1)
+    for name, (dtype, _) in spec.items():
+        assert feeds[name].dtype == dtype
+    assert feeds["x"].shape == (4, 3, 50)
+    assert abs(feeds["x"].mean() - 100) < 1
+    assert (feeds["ids"].min(), feeds["ids"].max()) == (3, 9)
+    assert feeds["attention_mask"].all()
+    assert feeds["scale"].shape == ()
+    again = shaped_inputs(exported(spec, fixed_inputs=example), {"batch": 4, "time": 50}, seed=1)
+    assert all(np.array_equal(feeds[name], again[name]) for name in feeds)
+
+
+def test_an_input_of_strings_needs_an_example() -> None:
+    with pytest.raises(InputError, match="input 'text' is text"):
+        shaped_inputs(exported({"text": ("string", ("batch",))}), {}, seed=0)
+
+
+def test_a_graph_of_fixed_sizes_has_one_case() -> None:
+    (case,) = comparison_cases(exported({"x": ("float32", (2, 3))}), None)
+    assert case.name == "fixed shape"
