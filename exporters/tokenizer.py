@@ -146,7 +146,8 @@ class TextInputs:
         Returns:
             The inputs, and for each sentence the position of each word's first token (None where it was cut off).
         """
-        rows = [list(s) for s in sentences]
+        space = " " if self._space_belongs_to_words() else ""
+        rows = [[space + word if i else word for i, word in enumerate(sentence)] for sentence in sentences]
         batch = self._tokenize(
             rows, None, padding="longest", max_length=self.limit, rows=len(rows), is_split_into_words=True
         )
@@ -158,6 +159,11 @@ class TextInputs:
                     found[word] = position
             firsts.append(found)
         return self._arrays(batch), firsts
+
+    def _space_belongs_to_words(self) -> bool:
+        """Whether `the cat` is `the` and ` cat` to the tokenizer, as for RoBERTa: split words then lack their space."""
+        split = self.tokenizer([["a", "a"]], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        return bool(split != self.tokenizer(["a a"], add_special_tokens=False)["input_ids"])
 
     def _tokenize(self, texts: Any, pairs: Any, *, padding: str, max_length: int | None, rows: int, **more: Any) -> Any:
         can_pad = self.tokenizer.pad_token is not None

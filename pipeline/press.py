@@ -217,7 +217,7 @@ class _Run:
             "nodes": [
                 {"name": t.name, "op": t.op, "ms": round(t.ms_per_run, 4), "share": round(t.share, 4)} for t in nodes
             ],
-            "warnings": self._warnings(),
+            "warnings": [*_unsteady(benchmarks), *self._warnings()],
         }
 
     def _facts(self, file: Path) -> dict[str, Any]:
@@ -311,6 +311,14 @@ class _Run:
         if self.evaluation is None:
             warnings.append("No evaluation data was given: accuracy was not measured, only the outputs were compared.")
         return warnings
+
+
+def _unsteady(benchmarks: list[dict[str, Any]]) -> list[str]:
+    """Interleaving keeps a slow second fair, not a busy machine: threads that wait for each other lose most there."""
+    ratios = [row["ratio_to_reference"] for row in benchmarks]
+    if all(ratio["high"] <= 2 * ratio["low"] for ratio in ratios):
+        return []
+    return ["The timings are unsteady, the machine was probably busy: measure again while nothing else runs."]
 
 
 def _gate_values(manifest: dict[str, Any], parity: Parity) -> dict[str, float | None]:

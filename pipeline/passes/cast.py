@@ -20,8 +20,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from ...contracts.errors import InputError
 from .base import Left, Pass, Plan, register
-from .fuse import MICROSOFT
-from .graph import attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of, producer
+from .graph import MICROSOFT, attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of, producer
 
 FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph import add_weight, attribute, dims, is_op, is_weight, make_node, replace_value
-
-MICROSOFT = "com.microsoft"
+from .graph import MICROSOFT, add_weight, attribute, dims, is_op, is_weight, make_node, replace_value
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
@@ -44,7 +42,7 @@ def match_attention(node: ir.Node) -> ir.Node | str | None:
         return None
     shape = dims(_input(node, 1))
     sizes = list(attribute(node, "qkv_hidden_sizes", []))
-    if shape is None or not isinstance(shape[1], int):
+    if shape is None or len(shape) != 2 or not isinstance(shape[1], int):
         return "the weight's shape is not known"
     if _input(node, 4) is not None or _input(node, 6) is not None or _used(node, 1):
         return "keeps a cache of past keys"
@@ -84,6 +82,7 @@ def write_attention(model: ir.Model, node: ir.Node) -> None:
             attributes[key] = float(attribute(node, key, 0.0))
     inputs = [*new[-1].outputs, None, _input(node, 3), _input(node, 5)]
     new.append(make_node("MultiHeadAttention", inputs, [f"{name}_fused"], domain=MICROSOFT, attributes=attributes))
+    model.opset_imports[MICROSOFT] = 1
     _swap(node, new)
 
 
@@ -110,9 +109,12 @@ def write_embedding(model: ir.Model, node: ir.Node) -> None:
     if position_ids is not None:
         new.append(make_node("Gather", [positions, position_ids], [f"{name}_positions"]))
     else:
-        zero = add_weight(model, graph, f"{name}_zero", np.zeros(1, np.int64))
-        new.append(make_node("Shape", [ids], [f"{name}_length"], attributes={"start": 1, "end": 2}))
-        new.append(make_node("Slice", [positions, zero, new[-1].outputs[0], zero], [f"{name}_positions"]))
+        zero = add_weight(model, graph, f"{name}_zero", np.asarray(0, np.int64))
+        one = add_weight(model, graph, f"{name}_one", np.asarray(1, np.int64))
+        new.append(make_node("Shape", [ids], [f"{name}_sizes"]))
+        new.append(make_node("Gather", [new[-1].outputs[0], one], [f"{name}_length"], attributes={"axis": 0}))
+        new.append(make_node("Range", [zero, new[-1].outputs[0], one], [f"{name}_places"]))
+        new.append(make_node("Gather", [positions, new[-1].outputs[0]], [f"{name}_positions"]))
     parts.append(new[-1].outputs[0])
     if kinds is not None and segments is not None:
         new.append(make_node("Gather", [kinds, segments], [f"{name}_kinds"]))
@@ -145,7 +147,7 @@ def match_skip_norm(node: ir.Node) -> ir.Node | str | None:
     return "gives mean or deviation" if _used(node, 1) or _used(node, 2) else node
 
 
-def write_skip_norm(node: ir.Node) -> None:
+def write_skip_norm(model: ir.Model, node: ir.Node) -> None:
     """SkipLayerNormalization(x, skip, gamma, beta, bias) -> LayerNormalization(Sum(x, skip, bias))."""
     name = str(node.outputs[0].name)
     terms = [v for v in (node.inputs[0], node.inputs[1], _input(node, 4)) if v is not None]

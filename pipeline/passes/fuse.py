@@ -5,30 +5,32 @@ Each rule is here because it was measured on BERT-base (benchmarks/bert_base.py)
 fusions at load time do not do, or do wrong:
 
 attention       MatMul, scale, mask, Softmax, MatMul and the transposes around them, or the standard `Attention` of
-                opset 23, become com.microsoft's MultiHeadAttention. ONNX Runtime's and onnxscript's fusers recognize
-                neither form of the graphs that torch.export makes.
+                opset 23, become com.microsoft's MultiHeadAttention. Of the graphs that torch.export makes, ONNX
+                Runtime's own fuser recognizes no attention, and onnxscript's none of opset 23.
 residual_sum    `LayerNormalization(Add(x, y))` becomes `LayerNormalization(Sum(x, y))`. The runtime would fuse the Add
                 form into SkipLayerNormalization, whose CPU kernel takes four times as long as the two kernels that it
                 replaces (7.6 ms against 1.8 ms over BERT-base at 1 x 128). `Sum` of two is the same standard operator
                 and is left alone.
-unpack_attention com.microsoft's `Attention`, which holds the query, key and value weights itself, becomes MatMul, Split
-                and MultiHeadAttention, so that quantizers see the weights.
+unpack          com.microsoft's `Attention` and `EmbedLayerNormalization`, which hold weights themselves, become MatMul
+                and Gather beside what is left of them, so that quantizers see the weights; `SkipLayerNormalization`
+                becomes Sum and LayerNormalization, for the reason above. See `contrib`.
 
 References: MultiHeadAttention and Attention in ONNX Runtime's ContribOperators.md; Attention-23 in ONNX's Operators.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from . import contrib
 from .attention import AttentionMatch, match_opset23, match_softmax
 from .base import Left, Pass, Plan, register
 from .graph import (
+    MICROSOFT,
     add_weight,
     attribute,
     constant,
@@ -42,8 +44,6 @@ from .graph import (
     replace_value,
 )
 
-MICROSOFT = "com.microsoft"
-
 
 @register("fuse")
 class Fuse(Pass):
@@ -52,27 +52,25 @@ class Fuse(Pass):
     Attributes:
         attention: Fuse attention into MultiHeadAttention.
         residual_sum: Keep residual additions out of the runtime's slower SkipLayerNormalization.
-        unpack_attention: Take the weights out of com.microsoft's Attention.
+        unpack: Take com.microsoft's operators that hold weights, and its SkipLayerNormalization, apart.
     """
 
     may_be_idle = True
 
     attention: bool = True
     residual_sum: bool = True
-    unpack_attention: bool = True
+    unpack: bool = True
 
     def plan(self, model: ir.Model) -> Plan:
         plan = Plan()
+        opset = model.opset_imports.get("", 0)
         for node in nodes_of(model):
-            for rule, wanted, matches in (
-                ("attention", self.attention, _match_attention),
-                ("residual_sum", self.residual_sum, _match_residual),
-                ("unpack_attention", self.unpack_attention, _match_packed),
-            ):
-                found = matches(node) if wanted else None
+            for rule, found in self._matches(node):
                 if found is None:
                     continue
                 plan.seen += 1
+                if rule in _NEED_OPSET_17 and opset < 17:
+                    found = f"LayerNormalization needs opset 17, the graph has {opset}"
                 if isinstance(found, str):
                     plan.left.append(Left(label(node), found))
                 else:
@@ -81,22 +79,41 @@ class Fuse(Pass):
             plan.details[action["rule"]] = plan.details.get(action["rule"], 0) + 1
         return plan
 
+    def _matches(self, node: ir.Node) -> Iterator[tuple[str, object]]:
+        """Each rule that is on, with what it makes of the node: a match, the reason why not, or None."""
+        if self.attention:
+            yield "attention", _match_attention(node)
+        if self.residual_sum:
+            yield "residual_sum", _match_residual(node)
+        if self.unpack:
+            yield "unpack_attention", contrib.match_attention(node)
+            yield "unpack_embedding", contrib.match_embedding(node)
+            yield "split_skip_norm", contrib.match_skip_norm(node)
+
     def apply(self, model: ir.Model, plan: Plan) -> ir.Model:
-        rules = {(a["rule"], a["output"]) for a in plan.actions}
+        rules = {a["output"]: a["rule"] for a in plan.actions}
         masks = _Masks(model)
         for node in list(nodes_of(model)):
-            name = node.outputs[0].name if node.outputs else None
-            if ("attention", name) in rules:
+            rule = rules.get(node.outputs[0].name) if node.outputs else None
+            if rule == "attention":
                 match = _match_attention(node)
                 if isinstance(match, AttentionMatch):
                     _write_attention(model, match, masks)
-            elif ("residual_sum", name) in rules:
+            elif rule == "residual_sum":
                 _write_sum(node)
-            elif ("unpack_attention", name) in rules:
-                _write_unpacked(model, node)
+            elif rule is not None:
+                _UNPACK[rule](model, node)
         RemoveUnusedNodesPass()(model)
         drop_unused_weights(model)
         return model
+
+
+_UNPACK = {
+    "unpack_attention": contrib.write_attention,
+    "unpack_embedding": contrib.write_embedding,
+    "split_skip_norm": contrib.write_skip_norm,
+}
+_NEED_OPSET_17 = ("unpack_embedding", "split_skip_norm")
 
 
 def _match_attention(node: ir.Node) -> AttentionMatch | str | None:
@@ -149,9 +166,10 @@ class _Masks:
     def _repeat_rows(self, match: AttentionMatch, bias: ir.Value, name: str) -> list[ir.Node]:
         """[b, h, 1 or queries, keys] -> [b, h, queries, keys]: the kernel does not broadcast the third axis."""
         one = add_weight(self.model, self.model.graph, f"{name}_one", np.ones(1, np.int64))
-        length = make_node("Shape", [match.query], [f"{name}_length"], attributes={"start": 1, "end": 2})
+        sizes = make_node("Shape", [match.query], [f"{name}_sizes"])
+        length = make_node("Gather", [sizes.outputs[0], one], [f"{name}_length"], attributes={"axis": 0})
         shape = make_node("Concat", [one, one, length.outputs[0], one], [f"{name}_shape"], attributes={"axis": 0})
-        return [length, shape, make_node("Expand", [bias, shape.outputs[0]], [f"{name}_rows"])]
+        return [sizes, length, shape, make_node("Expand", [bias, shape.outputs[0]], [f"{name}_rows"])]
 
 
 def _write_attention(model: ir.Model, match: AttentionMatch, masks: _Masks) -> None:
@@ -199,67 +217,3 @@ def _write_sum(node: ir.Node) -> None:
     graph.insert_before(add, total)
     replace_value(add.outputs[0], total.outputs[0])
     graph.remove(add, safe=True)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """com.microsoft's Attention with its weight [hidden, 3 x hidden] as a constant."""
-
-    node: ir.Node
-    width: int
-
-
-def _match_packed(node: ir.Node) -> _Packed | str | None:
-    if not is_op(node, "Attention", domain=MICROSOFT):
-        return None
-    inputs = list(node.inputs) + [None] * (7 - len(node.inputs))
-    shape = dims(inputs[1])
-    sizes = attribute(node, "qkv_hidden_sizes", [])
-    if shape is None or len(shape) != 2 or not isinstance(shape[1], int):
-        return "the weight's shape is not known"
-    if inputs[4] is not None or inputs[6] is not None or len(node.outputs) > 1:
-        return "keeps a cache of past keys"
-    if sizes and len(set(sizes)) != 1:
-        return "query, key and value have different widths"
-    if attribute(node, "do_rotary", 0) or attribute(node, "unidirectional", 0):
-        return "rotary or causal attention"
-    mask = dims(inputs[3])
-    if inputs[3] is not None and (mask is None or len(mask) != 2):
-        return "its mask is not [batch, sequence]"
-    return _Packed(node, shape[1] // 3)
-
-
-def _write_unpacked(model: ir.Model, node: ir.Node) -> None:
-    match, graph = _match_packed(node), node.graph
-    assert isinstance(match, _Packed)
-    assert isinstance(graph, ir.Graph)
-    inputs = list(node.inputs) + [None] * (7 - len(node.inputs))
-    name = str(node.outputs[0].name)
-    projected = make_node("MatMul", [inputs[0], inputs[1]], [f"{name}_qkv"])
-    new, packed = [projected], projected.outputs[0]
-    if inputs[2] is not None:
-        new.append(make_node("Add", [packed, inputs[2]], [f"{name}_qkv_bias"]))
-        packed = new[-1].outputs[0]
-    sizes = add_weight(model, graph, f"{name}_split", np.full(3, match.width, np.int64))
-    new.append(make_node("Split", [packed, sizes], [f"{name}_{part}" for part in "qkv"], attributes={"axis": -1}))
-    query, key, value = new[-1].outputs
-    heads = int(attribute(node, "num_heads", 1))
-    attributes: dict[str, int | float] = {"num_heads": heads}
-    copied: tuple[tuple[str, Callable[[float], float]], ...] = (("scale", float), ("mask_filter_value", float))
-    for key_name, convert in copied:
-        if key_name in node.attributes:
-            attributes[key_name] = convert(attribute(node, key_name, 0.0))
-    new.append(
-        make_node(
-            "MultiHeadAttention",
-            [query, key, value, None, inputs[3], inputs[5]],
-            [f"{name}_attention"],
-            domain=MICROSOFT,
-            attributes=attributes,
-        )
-    )
-    graph.insert_before(node, new)
-    result = new[-1].outputs[0]
-    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-    replace_value(node.outputs[0], result)
-    graph.remove(node, safe=True)

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the main graph and of its subgraphs, in order."""

@@ -17,6 +17,7 @@ from onnxpress.contracts.errors import ExportError, InputError
 from onnxpress.contracts.tasks import TASKS
 from onnxpress.exporters.graph_file import operator_counts
 from onnxpress.exporters.settings import ExportSettings
+from onnxpress.exporters.tokenizer import TextInputs, load_tokenizer
 from onnxpress.exporters.transformers_source import export_folder, hash_weights, infer_task, load_reference
 
 Get = Callable[[str], Subject]
@@ -198,6 +199,14 @@ class TestTokenizer:
         assert feeds["input_ids"].shape == (3, 6)
         _, firsts = tokenize.words([["cat"] * 60])
         assert firsts[0][37:] == [38, *[None] * 22]
+
+    @pytest.mark.parametrize("prefix_space", [False, True])
+    def test_words_of_a_byte_level_tokenizer_keep_their_spaces(self, prefix_space: bool, tmp_path: Path) -> None:
+        tiny_models.write_byte_tokenizer(tmp_path, prefix_space=prefix_space)
+        tokenize = TextInputs(load_tokenizer(tmp_path), {"input_ids": "int64"}, None)
+        feeds, firsts = tokenize.words([["the", "cat", "sat"], ["dog"]])
+        np.testing.assert_array_equal(feeds["input_ids"][:1], tokenize(["the cat sat"])["input_ids"])
+        assert firsts == [[0, 1, 2], [0]]
 
     def test_a_model_without_a_tokenizer_reads_arrays(self, tmp_path: Path) -> None:
         folder = tiny_models.build(tmp_path / "m", "distilbert", "AutoModel", tokenizer=False, n_layers=1)

@@ -121,6 +121,23 @@ def write_tokenizer(folder: Path, *, token_types: bool = True, **settings: Any) 
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def write_byte_tokenizer(folder: Path, *, prefix_space: bool) -> None:
+    """A byte-level BPE tokenizer, as RoBERTa has it, in which a space is the start of the word that follows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    special = list(SPECIAL.values())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat , a dog sat on the cat"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def write_sentence_files(folder: Path, *, normalize: bool = True, **pooling: Any) -> None:
     """What sentence-transformers writes beside a model: modules.json and 1_Pooling/config.json."""
     types = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]

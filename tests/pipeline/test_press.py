@@ -449,6 +449,15 @@ def test_a_gate_on_speed_is_judged_by_the_candidate_s_own_ratio(net: Path, tmp_p
     assert judged["throughput_ratio > 0"] == rows["throughput"]
 
 
+def test_timings_that_vary_too_much_come_with_a_warning() -> None:
+    from onnxpress.pipeline.press import _unsteady
+
+    steady = {"ratio_to_reference": {"median": 2.0, "low": 1.6, "high": 3.1}}
+    unsteady = {"ratio_to_reference": {"median": 57.24, "low": 27.73, "high": 71.92}}
+    assert _unsteady([steady, steady]) == []
+    assert _unsteady([steady, unsteady])[0].startswith("The timings are unsteady, the machine was probably busy")
+
+
 def test_the_candidate_computes_what_the_manifest_says(finished: Path, net: Path, arrays: Path) -> None:
     """An independent check: both models run on the evaluation data, without any of our metrics."""
     data = np.load(arrays)
