@@ -8,6 +8,7 @@ folder. Writing goes to a temporary name first, so that no half-written file is 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,21 +60,23 @@ def write(model: ir.Model, path: Path) -> int:
     The bytes depend on the model alone. Returns the number of bytes written over all files.
     """
     large = weight_bytes(model) >= EXTERNAL_DATA_FROM
+    # Both files under their final names, which one of them holds, but in a folder of their own until they are complete
     partial = path.with_name(f".{path.name}.partial")
-    data = path.with_name(path.name + "_data")
     try:
+        partial.mkdir(exist_ok=True)
         if large:
-            ir.save(model, partial, external_data=data.name)
+            ir.save(model, partial / path.name, external_data=path.name + "_data")
         else:
-            ir.save(_in_memory(model), partial)
-        os.replace(partial, path)
+            ir.save(_in_memory(model), partial / path.name)
+        written = sum(file.stat().st_size for file in partial.iterdir())
+        for file in sorted(partial.iterdir(), reverse=True):  # the data first: the graph is what is looked for
+            os.replace(file, path.with_name(file.name))
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        if large:
-            data.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path.name}: {reason}", next_step="Free some space or choose -o.") from error
-    return path.stat().st_size + (data.stat().st_size if large else 0)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written
 
 
 def file_bytes(path: Path) -> int:
@@ -183,7 +186,7 @@ def _at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
     if version >= opset:
         return model
     try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
+        proto = onnx.version_converter.convert_version(ir.to_proto(_in_memory(model)), opset)
         upgraded: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
         return upgraded
     except Exception as error:
@@ -194,5 +197,7 @@ def _at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -76,7 +76,7 @@ class Staging:
         _sync(self.folder)
         try:
             if self.target.exists():
-                [os.replace(p, self.target / p.relative_to(self.folder)) for p in sorted(self.folder.rglob('*')) if p.is_file()]
+                _exchange(self.folder, self.target)
             else:
                 os.rename(self.folder, self.target)
             _sync_folder(self.target.parent)

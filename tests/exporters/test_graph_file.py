@@ -144,7 +144,6 @@ class TestRead:
         x = np.random.default_rng(0).standard_normal((3, 4), np.float32)
         np.testing.assert_allclose(run(tmp_path / "new.onnx", x=x)[0], run(path, x=x)[0], rtol=1e-6)
 
-    @pytest.mark.xfail(strict=True, reason="the upgraded model has lost the folder that its data lies in")
     def test_an_old_opset_with_external_data(self, tmp_path: Path) -> None:
         WEIGHT.tofile(tmp_path / "model.onnx_data")
         path = with_external_data(tmp_path / "m.onnx", text=LINEAR.replace('"": 18', '"": 11'))
@@ -267,7 +266,6 @@ class TestWrite:
         x = np.ones((1, 4), np.float32)
         np.testing.assert_array_equal(run(tmp_path / "model.onnx", x=x)[0], run(tmp_path / "m.onnx", x=x)[0])
 
-    @pytest.mark.xfail(strict=True, reason="write removes the data file that was there before")
     def test_a_failure_over_a_large_model_keeps_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(graph_file, "EXTERNAL_DATA_FROM", 4008 * 4)
         model = read(saved(tmp_path / "m.onnx", wide()))
