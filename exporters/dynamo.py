@@ -72,6 +72,7 @@ def export_module(
     model: ir.Model = program.model
     _restore_names(model, module, strip_prefix, dynamic_axes)
     _name_outputs(model.graph, output_names)
+    _free_output_sizes(model.graph, module, inputs, dynamic_axes)
     _clear_metadata(model)
     return model
 
@@ -93,7 +94,7 @@ def _refuse_one_sided(
             if (
                 limit.isdigit()
                 and int(limit) < 2**20
-                and _runs_at(module, inputs, dynamic_axes, symbol, int(limit) + 1)
+                and _at_size(module, inputs, dynamic_axes, symbol, int(limit) + 1) is not None
             ):
                 raise ExportError(
                     f"the model takes another branch where '{symbol}' (axis {axis} of {name}) exceeds {limit}, and a "
@@ -102,10 +103,10 @@ def _refuse_one_sided(
                 )
 
 
-def _runs_at(
+def _at_size(
     module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_axes: DynamicAxes, symbol: str, size: int
-) -> bool:
-    """Whether the original accepts the example inputs repeated to `size` along every axis called `symbol`."""
+) -> Any:
+    """What the original returns for the example inputs repeated to `size` along every axis called `symbol`; or None."""
     resized = dict(inputs)
     for name, axes in dynamic_axes.items():
         for axis in (a for a, s in axes.items() if s == symbol):
@@ -113,10 +114,29 @@ def _runs_at(
             resized[name] = resized[name].index_select(axis, index)
     try:
         with torch.no_grad():
-            module(*resized.values())
+            return module(*resized.values())
     except Exception:  # noqa: BLE001 - any refusal by the user's code is an answer
-        return False
-    return True
+        return None
+
+
+def _free_output_sizes(
+    graph: ir.Graph, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_axes: DynamicAxes
+) -> None:
+    """Take back an output size that torch declares as fixed although it follows an input's.
+
+    Seen: the time axis of an LSTM's output has the length of the example for good.
+    """
+    for symbol in dict.fromkeys(s for axes in dynamic_axes.values() for s in axes.values()):
+        size = next(inputs[n].shape[a] for n, axes in dynamic_axes.items() for a, s in axes.items() if s == symbol)
+        found = _at_size(module, inputs, dynamic_axes, symbol, size + 1)
+        for value, tensor in zip(graph.outputs, found or (), strict=False):
+            if value.shape is None or len(value.shape) != tensor.dim():
+                continue
+            dims = [
+                symbol if old == size and new == size + 1 else None if isinstance(old, int) and old != new else old
+                for old, new in zip(value.shape, tensor.shape, strict=True)
+            ]
+            value.shape = ir.Shape(dims)
 
 
 def _restore_names(model: ir.Model, module: torch.nn.Module, prefix: str, dynamic_axes: DynamicAxes) -> None:

@@ -96,8 +96,8 @@ def press(
     debug: Debug = False,
 ) -> None:
     """Export, compress, prove, measure, and write a bundle if every gate passes."""
-    from .press import load_data
-    from .press import press as run
+    from .pressing import load_data
+    from .pressing import press as run
     from .show import print_outcome
 
     chosen = _recipe(recipe, set_, gate)
@@ -153,7 +153,7 @@ def validate(
     debug: Debug = False,
 ) -> None:
     """Compare an .onnx file or a bundle with the original, output by output."""
-    from .press import load_data
+    from .pressing import load_data
     from .show import print_validation
     from .verbs import require_gates, validate_candidate
 
@@ -176,7 +176,7 @@ def benchmark(
     debug: Debug = False,
 ) -> None:
     """Time a candidate, interleaved with its reference: latency, throughput, load time, memory."""
-    from .press import load_data
+    from .pressing import load_data
     from .show import print_benchmarks
     from .verbs import benchmark_candidate
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..contracts.errors import InputError, MissingDependency
 from ..exporters.transformers_source import hash_weights
 from .data import standard_library_docstrings
-from .press import Outcome, press
+from .pressing import Outcome, press
 from .progress import Progress
 from .recipe import Recipe
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .press import Outcome
+from .pressing import Outcome
 from .report import headline
 
 _WIDTH = 110

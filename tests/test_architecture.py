@@ -186,3 +186,19 @@ def test_no_file_holds_a_path_of_the_machine_it_was_written_on() -> None:
 def test_every_test_folder_mirrors_a_room() -> None:
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("*.py"))}
     assert folders <= set(ROOMS)
+
+
+@pytest.mark.parametrize("package", ["exporters", "pipeline", "runtime"])
+def test_every_public_name_is_there(package: str) -> None:
+    module = importlib.import_module(f"onnxpress.{package}")
+    assert module.__all__ == sorted(module.__all__, key=_ruffs_order)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        _ = module.no_such_name
+    assert callable(importlib.import_module("onnxpress.pipeline").press)
+
+
+def _ruffs_order(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest: the order that ruff keeps `__all__` in."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)

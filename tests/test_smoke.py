@@ -9,7 +9,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from onnxpress.exporters import graph_file
-from onnxpress.pipeline.press import press
+from onnxpress.pipeline.pressing import press
 from onnxpress.pipeline.recipe import load_recipe
 from onnxpress.runtime import Session, verify
 

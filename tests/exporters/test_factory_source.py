@@ -333,3 +333,17 @@ class TestRefusals:
     def test_a_task_needs_transformers(self, written: Write) -> None:
         with pytest.raises(InputError, match="needs a transformers source"):
             sources.load(f"{written('def make(): ...')}:make", task="fill-mask")
+
+
+def test_an_output_axis_that_follows_an_input_is_not_declared_fixed(load: Callable[[str], ExportedModel]) -> None:
+    exported = load("""
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lstm = nn.LSTM(4, 6, batch_first=True)
+            def forward(self, x):
+                return self.lstm(x)[0]
+        def make():
+            return Net(), {"x": torch.randn(2, 5, 4)}, {"x": {0: "batch", 1: "time"}}
+    """)
+    assert exported.signature.outputs[0].shape == ("batch", "time", 6)

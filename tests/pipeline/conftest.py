@@ -68,7 +68,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(net: Path, arrays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the net; not to be changed."""
-    from onnxpress.pipeline.press import load_data, press
+    from onnxpress.pipeline.pressing import load_data, press
 
     folder = tmp_path_factory.mktemp("finished") / "net"
     outcome = press(str(net), quick_recipe(), folder, evaluation=load_data(str(arrays)))
@@ -82,7 +82,7 @@ def strip_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_probes(contenders: Sequence[Contender], settings: Sequence[Setting], **options: Any) -> Any:
         return measure([replace(c, probe=None) for c in contenders], settings, **options)
 
-    monkeypatch.setattr("onnxpress.pipeline.press.measure", without_probes)
+    monkeypatch.setattr("onnxpress.pipeline.pressing.measure", without_probes)
 
 
 @pytest.fixture

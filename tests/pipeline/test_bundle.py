@@ -120,7 +120,7 @@ def test_a_real_limit_on_what_can_be_written(limit: int, net: Path, bundle: Path
     assert limit < (bundle / "report.html").stat().st_size
     script = f"""
         import resource, signal, sys
-        import onnxpress.exporters.sources, onnxpress.pipeline.press  # bytecode caches are written before the limit
+        import onnxpress.exporters.sources, onnxpress.pipeline.pressing  # bytecode caches are written before the limit
         from onnxpress.pipeline.cli import main
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -238,7 +238,7 @@ KILLER = """
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of another net: every file in it differs from the old one."""
-    from onnxpress.pipeline.press import press
+    from onnxpress.pipeline.pressing import press
 
     from .samples import quick_recipe
 

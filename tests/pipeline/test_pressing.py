@@ -21,7 +21,7 @@ from onnxpress.contracts.errors import ExportError, GateFailed
 from onnxpress.exporters import graph_file, sources
 from onnxpress.pipeline.data import load_dataset
 from onnxpress.pipeline.inputs import HARD_TEXTS
-from onnxpress.pipeline.press import Outcome, press
+from onnxpress.pipeline.pressing import Outcome, press
 from onnxpress.pipeline.progress import Progress
 from onnxpress.runtime.bundle import verify
 from onnxpress.runtime.session import Session
@@ -450,7 +450,7 @@ def test_a_gate_on_speed_is_judged_by_the_candidate_s_own_ratio(net: Path, tmp_p
 
 
 def test_timings_that_vary_too_much_come_with_a_warning() -> None:
-    from onnxpress.pipeline.press import _unsteady
+    from onnxpress.pipeline.pressing import _unsteady
 
     steady = {"ratio_to_reference": {"median": 2.0, "low": 1.6, "high": 3.1}}
     unsteady = {"ratio_to_reference": {"median": 57.24, "low": 27.73, "high": 71.92}}
