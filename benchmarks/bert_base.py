@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from markdown import table, write_section
 from transformers import BertConfig, BertForSequenceClassification
 
 from onnxpress.exporters import graph_file
@@ -40,7 +41,6 @@ from onnxpress.runtime.machine import default_threads, machine
 from onnxpress.runtime.session import Session
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
-README = Path(__file__).parents[1] / "README.md"
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     text = "\n\n".join([*tables, bench.environment()])
     print(text)
     if options.write:
-        write_section(README, "bert-base", text)
+        write_section("bert-base", text)
 
 
 @dataclass
@@ -306,19 +306,6 @@ def shortened(text: str) -> str:
         if at >= 0:
             return text[at : at + 90]
     return text[:110]
-
-
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    lines = [title, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
-
-
-def write_section(file: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = file.read_text("utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}", "utf-8")
 
 
 def say(line: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from ..contracts.errors import ExportError
+from .reference import flat_outputs
 
 DEFAULT_OPSET = 20
 
@@ -129,7 +130,7 @@ def _free_output_sizes(
     for symbol in dict.fromkeys(s for axes in dynamic_axes.values() for s in axes.values()):
         size = next(inputs[n].shape[a] for n, axes in dynamic_axes.items() for a, s in axes.items() if s == symbol)
         found = _at_size(module, inputs, dynamic_axes, symbol, size + 1)
-        for value, tensor in zip(graph.outputs, found or (), strict=False):
+        for value, tensor in zip(graph.outputs, [] if found is None else flat_outputs(found), strict=False):
             if value.shape is None or len(value.shape) != tensor.dim():
                 continue
             dims = [

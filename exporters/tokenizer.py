@@ -99,9 +99,19 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def longest_sequence(config: Mapping[str, Any], tokenizer: Any) -> int | None:
-    """Tokens that the position table and the tokenizer allow, or None where neither sets a limit."""
+def sentence_limit(folder: Path) -> int | None:
+    """The length at which sentence-transformers cuts texts for this model (256 for all-MiniLM-L6-v2), or None."""
+    try:
+        found = json.loads((folder / "sentence_bert_config.json").read_text("utf-8"))["max_seq_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def longest_sequence(config: Mapping[str, Any], tokenizer: Any, folder: Path | None = None) -> int | None:
+    """Tokens that positions, tokenizer and sentence-transformers' settings allow, or None without a limit."""
     limits = [getattr(tokenizer, "model_max_length", None)] if tokenizer is not None else []
+    limits.append(sentence_limit(folder) if folder is not None else None)
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and positions > 0:
         offset = 0

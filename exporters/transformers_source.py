@@ -53,7 +53,7 @@ def export_folder(folder: Path, name: str, task_name: str | None, settings: Expo
     tokenizer = load_tokenizer(folder)
     names = _input_names(model, tokenizer)
     output_names = pooling.output_names(task)
-    max_length = longest_sequence(config, tokenizer)
+    max_length = longest_sequence(config, tokenizer, folder if pooling.kind != "none" else None)
 
     started = time.perf_counter()
     encoder = Encoder(model, pooling, task.outputs)
