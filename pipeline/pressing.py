@@ -97,7 +97,7 @@ def press(
             f"recipe {recipe.name} needs no calibration data", next_step="Leave --calibration out, or use --evaluation."
         )
     with Staging(output, force=force) as staging:
-        say("export", source)
+        say("export", name or source)
         exported = sources.load(source, task, recipe.export)
         exported.location = source
         gate_rules.check_names(gates, metric_names(exported.task, evaluation))
