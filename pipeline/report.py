@@ -291,7 +291,8 @@ def pass_rows(manifest: Json) -> list[dict[str, Any]]:
         for item in entry.get("left") or []:
             reasons.setdefault(item.get("reason") or "no reason given", []).append(item.get("node") or NONE)
         left = sorted(reasons.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-        rows.append({**entry, "change": _shrunk(entry), "reasons": left})
+        details = {key: value for key, value in (entry.get("details") or {}).items() if value not in ({}, [])}
+        rows.append({**entry, "details": details, "change": _shrunk(entry), "reasons": left})
     return rows
 
 

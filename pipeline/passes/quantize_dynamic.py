@@ -307,6 +307,8 @@ def _write_product(node: ir.Node, matrix: ir.Value, scale: ir.Value) -> None:
     assert source is not None
     codes, step, zero = _quantized_once(source, graph).outputs
     product = make_node("MatMulInteger", [codes, matrix, zero], [f"{name}_int32"])
+    # A profile then says `encoder.layer.0.intermediate.dense.weight`, not `node_MatMulInteger_140`
+    product.name = str(matrix.name).replace(".T", "").removesuffix("_int8")
     cast = make_node("Cast", [product.outputs[0]], [f"{name}_float"], attributes={"to": int(ir.DataType.FLOAT)})
     factor = make_node("Mul", [step, scale], [f"{name}_scale"])
     new = [product, cast, factor, make_node("Mul", [cast.outputs[0], factor.outputs[0]], [f"{name}_dequantized"])]
