@@ -263,7 +263,7 @@ def _options(ort: Any, threads: int, profile_to: Path | None) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
     # Worker threads keep spinning for a while after run() returns. On 2 cores, with several sessions taking turns,
-    # BERT-base int8 measures 96 ms with and 51 ms without the spinning of its neighbours.
+    # a call takes two to three times as long with the spinning of its neighbours (benchmarks/spinning.py).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile_to is not None:
         options.enable_profiling = True
