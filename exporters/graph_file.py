@@ -63,7 +63,8 @@ def write(model: ir.Model, path: Path) -> int:
     # Both files under their final names, which one of them holds, but in a folder of their own until they are complete
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.mkdir(exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # a killed run's files must not be moved into place with ours
+        partial.mkdir()
         if large:
             ir.save(model, partial / path.name, external_data=path.name + "_data")
         else:

@@ -266,6 +266,14 @@ class TestWrite:
         x = np.ones((1, 4), np.float32)
         np.testing.assert_array_equal(run(tmp_path / "model.onnx", x=x)[0], run(tmp_path / "m.onnx", x=x)[0])
 
+    def test_what_a_killed_run_left_is_not_published(self, tmp_path: Path) -> None:
+        left = tmp_path / ".model.onnx.partial"
+        left.mkdir()
+        (left / "model.onnx_data").write_bytes(b"half of another model")
+        path = tmp_path / "model.onnx"
+        assert write(read(saved(tmp_path / "m.onnx", wide())), path) == path.stat().st_size
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "model.onnx"]
+
     def test_a_failure_over_a_large_model_keeps_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(graph_file, "EXTERNAL_DATA_FROM", 4008 * 4)
         model = read(saved(tmp_path / "m.onnx", wide()))
