@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from markdown import table, write_section
+from markdown import environment, interval, table, write_section
 from transformers import BertConfig, BertForSequenceClassification
 
 from onnxpress.exporters import graph_file
@@ -36,6 +36,7 @@ from onnxpress.pipeline.passes.base import run_pass
 from onnxpress.pipeline.passes.clean import Clean
 from onnxpress.pipeline.passes.fuse import Fuse
 from onnxpress.pipeline.passes.quantize_dynamic import QuantizeDynamic
+from onnxpress.pipeline.versions import versions
 from onnxpress.runtime.benchmark import Contender, Setting, measure
 from onnxpress.runtime.machine import default_threads, machine
 from onnxpress.runtime.session import Session
@@ -55,7 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), options.threads)
         tables = [bench.fusing(), bench.quantizing(), bench.speed(options.rounds)]
-    text = "\n\n".join([*tables, bench.environment()])
+    line = environment(machine(), versions(), ("torch", "onnx", "onnxruntime", "onnxscript"))
+    text = "\n\n".join([*tables, line])
     print(text)
     if options.write:
         write_section("bert-base", text)
@@ -180,23 +182,13 @@ class Bench:
         measured = measure(contenders, settings, rounds=rounds, max_seconds=240, threads=self.threads, progress=say)
         rows = []
         for m in measured:
-            ratio = m.ratio_to_reference
-            interval = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-            rows.append((m.shape, m.variant, f"{m.latency_ms['p50']:.0f}", f"{m.latency_ms['min']:.0f}", interval))
+            times = (f"{m.latency_ms['p50']:.0f}", f"{m.latency_ms['min']:.0f}")
+            rows.append((m.shape, m.variant, *times, interval(m.ratio_to_reference)))
         return table(
             f"**Latency** ({self.threads} threads, interleaved, median of {measured[0].rounds} rounds)",
             ("input", "", "p50 ms", "min ms", "x PyTorch eager fp32 (95 %)"),
             rows,
         )
-
-    def environment(self) -> str:
-        facts = machine()
-        versions = f"torch {torch.__version__.split('+')[0]}, onnx {onnx.__version__}"
-        import onnxruntime
-        import onnxscript
-
-        versions += f", onnxruntime {onnxruntime.__version__}, onnxscript {onnxscript.__version__}"
-        return f"{facts['cpu']}, {facts['cores']} cores ({', '.join(facts['isa'])}); {versions}."
 
     # ---------------------------------------------------------------------------------------------------------- tools
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -13,6 +14,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     """A title line and a table."""
     lines = [title, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def interval(ratio: Mapping[str, float]) -> str:
+    """A ratio to the reference with its interval, as `median (low–high)`."""
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def environment(machine: Mapping[str, Any], versions: Mapping[str, str], packages: Sequence[str]) -> str:
+    """The line below a table: processor, cores, instruction sets, and the versions of `packages`."""
+    named = ", ".join(f"{name} {versions[name]}" for name in packages)
+    return f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['isa'])}); {named}."
 
 
 def write_section(name: str, text: str) -> None:

@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 import onnx_ir as ir
-from markdown import table
+from markdown import interval, table
 
 from onnxpress.pipeline.passes.base import run_pass
 from onnxpress.pipeline.passes.fuse import Fuse
@@ -42,9 +42,7 @@ def main() -> None:
         settings.append(Setting(f"{batch}", batch, f"{batch} x 128 x {WIDTH}", [feeds]))
     rows = []
     for m in measure(contenders, settings, rounds=options.rounds, max_seconds=60, threads=threads):
-        ratio = m.ratio_to_reference
-        interval = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
-        rows.append((m.shape, m.variant, f"{m.latency_ms['p50']:.2f}", interval))
+        rows.append((m.shape, m.variant, f"{m.latency_ms['p50']:.2f}", interval(m.ratio_to_reference)))
     print(table(f"{LAYERS} residual additions with normalization", ("input", "form", "p50 ms", "x (95 %)"), rows))
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..contracts.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .exported import ExportedModel, Reference, SourceInfo
@@ -13,15 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportSettings", "ExportedModel", "Reference", "SourceInfo", "load"]
 
-_HOME = {
-    "exported": ("ExportedModel", "Reference", "SourceInfo"),
-    "settings": ("ExportSettings",),
-    "sources": ("load",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "exported": ("ExportedModel", "Reference", "SourceInfo"),
+        "settings": ("ExportSettings",),
+        "sources": ("load",),
+    },
+)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..contracts.digest import sha256_of
 from ..contracts.errors import InputError
 from ..contracts.signature import Signature
 from ..contracts.tasks import GENERIC, task_named
@@ -146,12 +146,7 @@ def _hash(path: Path, model: ir.Model) -> str:
     import onnx_ir as ir
 
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    digest = hashlib.sha256()
-    for file in (path, *sorted({Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)})):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of((path, *sorted({Path(t.path) for t in tensors if isinstance(t, ir.ExternalTensor)})))
 
 
 def _processor_folder(path: Path) -> Path | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..contracts.digest import sha256_of
 from ..contracts.errors import ExportError, InputError
 from ..contracts.tasks import TASKS, Task, task_named
 from .dynamo import export_module, place
@@ -127,13 +127,8 @@ def infer_task(config: dict[str, Any], name: str) -> Task:
 
 def hash_weights(folder: Path) -> str | None:
     """SHA-256 over the weight files in name order; None when there are none."""
-    digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest() if files else None
+    return sha256_of(files) if files else None
 
 
 def _load(folder: Path, task: Task, name: str) -> tuple[torch.nn.Module, set[str]]:

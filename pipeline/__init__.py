@@ -6,8 +6,9 @@ Importing this imports nothing heavy; each name is loaded when it is first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..contracts.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .data import Dataset, Example, load_dataset
@@ -32,17 +33,13 @@ __all__ = [
     "run_pass",
 ]
 
-_HOME = {
-    "data": ("Dataset", "Example", "load_dataset"),
-    "passes.base": ("Pass", "PassReport", "all_passes", "run_pass"),
-    "pressing": ("Outcome", "press"),
-    "recipe": ("Recipe", "load_recipe"),
-    "validate": ("Parity", "compare"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "data": ("Dataset", "Example", "load_dataset"),
+        "passes.base": ("Pass", "PassReport", "all_passes", "run_pass"),
+        "pressing": ("Outcome", "press"),
+        "recipe": ("Recipe", "load_recipe"),
+        "validate": ("Parity", "compare"),
+    },
+)

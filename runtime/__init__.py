@@ -7,8 +7,9 @@ Importing this imports nothing heavy; each name is loaded when it is first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..contracts.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .benchmark import Contender, Measurement, Setting, measure
@@ -39,17 +40,13 @@ __all__ = [
     "write_sums",
 ]
 
-_HOME = {
-    "benchmark": ("Contender", "Measurement", "Setting", "measure"),
-    "bundle": ("VerifyResult", "hash_file", "read_manifest", "verify", "write_sums"),
-    "machine": ("default_threads",),
-    "profiling": ("NodeTime", "OperatorTime", "by_operator", "operators_after_optimization", "profile"),
-    "session": ("PROVIDERS", "Session", "available_providers", "require_provider"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "benchmark": ("Contender", "Measurement", "Setting", "measure"),
+        "bundle": ("VerifyResult", "hash_file", "read_manifest", "verify", "write_sums"),
+        "machine": ("default_threads",),
+        "profiling": ("NodeTime", "OperatorTime", "by_operator", "operators_after_optimization", "profile"),
+        "session": ("PROVIDERS", "Session", "available_providers", "require_provider"),
+    },
+)

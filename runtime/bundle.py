@@ -12,7 +12,6 @@ golden/outputs.safetensors   `<sample>/<output name>`: what the reference answer
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contracts.digest import sha256_of
 from ..contracts.errors import BundleError, GateFailed, did_you_mean
 from .session import Array, Session
 
@@ -69,12 +69,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, reading a megabyte at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Return the SHA-256 of a file in hexadecimal."""
+    return sha256_of([path])
 
 
 def write_sums(folder: str | Path) -> Path:

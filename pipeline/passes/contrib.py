@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .graph import MICROSOFT, add_weight, attribute, dims, is_op, is_weight, make_node, replace_value
+from .graph import MICROSOFT, add_weight, attribute, dims, is_op, is_weight, make_node, replace_node, replace_value
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
@@ -23,17 +23,6 @@ def _used(node: ir.Node, index: int) -> bool:
     if index >= len(node.outputs):
         return False
     return bool(node.outputs[index].uses()) or node.outputs[index].is_graph_output()
-
-
-def _swap(node: ir.Node, new: list[ir.Node]) -> None:
-    """Put `new` where `node` was; its last node's output takes over the first output."""
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    graph.insert_before(node, new)
-    result = new[-1].outputs[0]
-    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-    replace_value(node.outputs[0], result)
-    graph.remove(node, safe=True)
 
 
 def match_attention(node: ir.Node) -> ir.Node | str | None:
@@ -83,7 +72,7 @@ def write_attention(model: ir.Model, node: ir.Node) -> None:
     inputs = [*new[-1].outputs, None, _input(node, 3), _input(node, 5)]
     new.append(make_node("MultiHeadAttention", inputs, [f"{name}_fused"], domain=MICROSOFT, attributes=attributes))
     model.opset_imports[MICROSOFT] = 1
-    _swap(node, new)
+    replace_node(node, new)
 
 
 def match_embedding(node: ir.Node) -> ir.Node | str | None:
@@ -126,7 +115,7 @@ def write_embedding(model: ir.Model, node: ir.Node) -> None:
     new.append(
         make_node("LayerNormalization", [new[-1].outputs[0], gamma, beta], [f"{name}_norm"], attributes=attributes)
     )
-    _swap(node, new)
+    replace_node(node, new)
 
 
 def _lengths(model: ir.Model, node: ir.Node, mask: ir.Value | None) -> list[ir.Node]:
@@ -157,4 +146,4 @@ def write_skip_norm(model: ir.Model, node: ir.Node) -> None:
     attributes = {"axis": -1, "epsilon": float(attribute(node, "epsilon", 1e-12))}
     scaled = [total.outputs[0], node.inputs[2], _input(node, 3)]
     norm = make_node("LayerNormalization", scaled, [f"{name}_norm"], attributes=attributes)
-    _swap(node, [total, norm])
+    replace_node(node, [total, norm])

@@ -41,6 +41,7 @@ from .graph import (
     make_node,
     nodes_of,
     producer,
+    replace_node,
     replace_value,
 )
 
@@ -210,10 +211,4 @@ def _write_sum(node: ir.Node) -> None:
     add = producer(node.inputs[0], "Add")
     if add is None:
         return
-    graph = add.graph
-    assert isinstance(graph, ir.Graph)
-    total = make_node("Sum", list(add.inputs), [f"{add.outputs[0].name}_sum"])
-    total.outputs[0].shape, total.outputs[0].type = add.outputs[0].shape, add.outputs[0].type
-    graph.insert_before(add, total)
-    replace_value(add.outputs[0], total.outputs[0])
-    graph.remove(add, safe=True)
+    replace_node(add, [make_node("Sum", list(add.inputs), [f"{add.outputs[0].name}_sum"])])

@@ -140,6 +140,17 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def replace_node(node: ir.Node, new: Sequence[ir.Node]) -> None:
+    """Put `new` where `node` was; the first output of its last node takes over the first output of `node`."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_before(node, new)
+    result = new[-1].outputs[0]
+    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+    replace_value(node.outputs[0], result)
+    graph.remove(node, safe=True)
+
+
 def drop_unused_weights(model: ir.Model) -> int:
     """Delete initializers that nothing reads; returns how many. A dead fp32 copy is how files grow after quantizing."""
     dropped = 0

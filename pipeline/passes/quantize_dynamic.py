@@ -37,7 +37,7 @@ from .graph import (
     make_node,
     nodes_of,
     producer,
-    replace_value,
+    replace_node,
 )
 
 Operator = Literal["MatMul", "Gemm", "Gather"]
@@ -281,7 +281,7 @@ def _write_gather(node: ir.Node, stored: ir.Value, scale: ir.Value, per_row: boo
         new.append(make_node("Gather", [scale, indices], [f"{name}_scales"], attributes={"axis": 0}))
         factor = new[-1].outputs[0]
     new.append(make_node("Mul", [cast.outputs[0], factor], [f"{name}_dequantized"]))
-    _replace(graph, node, new)
+    replace_node(node, new)
 
 
 def _quantized_once(source: ir.Value, graph: ir.Graph) -> ir.Node:
@@ -314,15 +314,7 @@ def _write_product(node: ir.Node, matrix: ir.Value, scale: ir.Value) -> None:
     new = [product, cast, factor, make_node("Mul", [cast.outputs[0], factor.outputs[0]], [f"{name}_dequantized"])]
     if is_op(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
         new.append(make_node("Add", [new[-1].outputs[0], node.inputs[2]], [f"{name}_biased"]))
-    _replace(graph, node, new)
-
-
-def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
-    graph.insert_before(node, new)
-    result = new[-1].outputs[0]
-    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
-    replace_value(node.outputs[0], result)
-    graph.remove(node, safe=True)
+    replace_node(node, new)
 
 
 def _transposed_once(graph: ir.Graph, stored: ir.Value) -> ir.Value:
