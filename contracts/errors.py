@@ -62,9 +62,10 @@ class MissingDependency(OnnxpressError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'?` for the known word closest to `word`, or the list of known words."""
+    """Return `did you mean 'x'?` for a word that begins with `word` or is close to it, or all known words."""
     choices = sorted(known)
-    close = get_close_matches(word, choices, n=1, cutoff=0.5)
+    begun = [choice for choice in choices if word and choice.startswith(word)]
+    close = begun or get_close_matches(word, choices, n=1, cutoff=0.5)
     if close:
         return f"Did you mean '{close[0]}'?"
     return "Known: " + ", ".join(choices) + "." if choices else ""

@@ -51,7 +51,7 @@ def read(path: Path) -> ir.Model:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:
         raise InputError(f"{path.name} is not valid ONNX: {_first_line(error)}", next_step=again) from error
-    return _at_least(model, MINIMUM_OPSET, path.name)
+    return at_least(model, MINIMUM_OPSET, path.name)
 
 
 def write(model: ir.Model, path: Path) -> int:
@@ -78,6 +78,26 @@ def write(model: ir.Model, path: Path) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
+    """Return `model`, converted to `opset` if it is of an older one; `name` is what messages call it.
+
+    Raises:
+        InputError: ONNX's converter does not know how.
+    """
+    version = model.opset_imports.get("", opset)
+    if version >= opset:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(_in_memory(model)), opset)
+        upgraded: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        return upgraded
+    except Exception as error:
+        raise InputError(
+            f"{name} uses opset {version}, and ONNX's converter cannot bring it to {opset}: {_first_line(error)}",
+            next_step=f"Export it again with opset {opset} or newer.",
+        ) from error
 
 
 def file_bytes(path: Path) -> int:
@@ -180,21 +200,6 @@ def _in_memory(model: ir.Model) -> ir.Model:
 
 def _copied(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-
-
-def _at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
-    version = model.opset_imports.get("", opset)
-    if version >= opset:
-        return model
-    try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(_in_memory(model)), opset)
-        upgraded: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-        return upgraded
-    except Exception as error:
-        raise InputError(
-            f"{name} uses opset {version}, and ONNX's converter cannot bring it to {opset}: {_first_line(error)}",
-            next_step=f"Export it again with opset {opset} or newer.",
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

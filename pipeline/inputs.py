@@ -13,7 +13,7 @@ from ..contracts.signature import Signature, TensorSpec
 from ..exporters.exported import ExportedModel
 from ..runtime.benchmark import Setting
 from .data import Dataset
-from .recipe import BenchmarkSettings
+from .recipe import BenchmarkSettings, CalibrationSettings
 
 Feeds = dict[str, np.ndarray]
 UNNAMED_BATCH = "batch, unnamed"
@@ -137,6 +137,65 @@ def stack(signature: Signature, data: Dataset, start: int, count: int) -> Feeds:
             raise InputError(f"{data.name}: examples of '{spec.name}' differ in shape", next_step="Pad them.")
         feeds[spec.name] = np.stack(arrays).astype(spec.dtype, copy=False)
     return feeds
+
+
+def calibration_batches(exported: ExportedModel, data: Dataset, settings: CalibrationSettings) -> list[Feeds]:
+    """Batches without padding: examples of the same length stand together, so that no statistic sees a pad token.
+
+    Raises:
+        InputError: The data does not fit the model, or does not fill one batch of its fixed size.
+    """
+    chosen = data.sample(settings.examples, seed=0)
+    if exported.tokenize is not None:
+        texts, pairs = dataset_texts(chosen)
+        single = [exported.tokenize([t], None if pairs is None else [pairs[i]]) for i, t in enumerate(texts)]
+        single = [feeds for feeds in single if all(array.size for array in feeds.values())]
+    elif chosen.kind == "arrays":
+        single = [_unpadded(exported.signature, stack(exported.signature, chosen, i, 1)) for i in range(len(chosen))]
+    else:
+        raise InputError(
+            f"{exported.source.name} has no tokenizer, so it cannot read texts",
+            next_step="Give --calibration FILE.npz with one array an input.",
+        )
+    alike: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
+    for feeds in single:
+        alike.setdefault(tuple(array.shape for array in feeds.values()), []).append(feeds)
+    fixed = fixed_batch(exported.signature)
+    size = fixed or settings.batch
+    groups = [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+    groups = [group for group in groups if fixed is None or len(group) == fixed]
+    if not single:
+        raise InputError(f"{data.name} holds no example with anything to read", next_step="Give at least one.")
+    if not groups:
+        raise InputError(
+            f"{data.name}: no batch of {size} examples of one shape, the model's fixed size",
+            next_step=f"Give at least {size} examples, or export with a dynamic batch.",
+        )
+    return [{name: np.concatenate([feeds[name] for feeds in group]) for name in group[0]} for group in groups]
+
+
+def _unpadded(signature: Signature, feeds: Feeds) -> Feeds:
+    """One example without the padding at its end, where the model takes any length."""
+    mask = feeds.get("attention_mask")
+    spec = next((spec for spec in signature.inputs if spec.name == "attention_mask"), None)
+    if mask is None or spec is None or mask.ndim != 2 or len(spec.shape) != 2 or isinstance(spec.shape[1], int):
+        return feeds
+    length = int(np.count_nonzero(mask))
+    if length == 0 or not bool(mask[0, :length].all()):
+        return feeds
+    return {s.name: _cut(feeds[s.name], _along(s, spec.shape[1]), mask.shape[1], length) for s in signature.inputs}
+
+
+def _along(spec: TensorSpec, name: str | None) -> list[int]:
+    """The axes behind the batch that carry a name; the second one stands for those without."""
+    return [axis for axis, dim in enumerate(spec.shape) if axis > 0 and dim == name and (name or axis == 1)]
+
+
+def _cut(array: np.ndarray, axes: Sequence[int], full: int, length: int) -> np.ndarray:
+    for axis in axes:
+        if array.ndim > axis and array.shape[axis] == full:
+            array = np.take(array, range(length), axis=axis)
+    return array
 
 
 def _text_cases(exported: ExportedModel) -> list[Case]:

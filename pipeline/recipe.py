@@ -23,6 +23,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 SUFFIXES = {
     "fp32": "",
     "fp16": "_fp16",
+    "bf16": "_bf16",
     "int8": "_int8",
     "uint8": "_uint8",
     "quantized": "_quantized",
@@ -70,6 +71,20 @@ class ValidationSettings(_Section):
     batch: int = Field(default=8, ge=1)
 
 
+class CalibrationSettings(_Section):
+    """How passes measure on `--calibration DATA`.
+
+    Attributes:
+        examples: Examples to use at most, drawn evenly with a fixed seed.
+        batch: Examples of one length a batch, at most.
+        memory_limit_mib: What fetched activations and Gram matrices may take at a time.
+    """
+
+    examples: int = Field(default=256, ge=1)
+    batch: int = Field(default=16, ge=1)
+    memory_limit_mib: int = Field(default=1024, ge=1)
+
+
 class Recipe(_Section):
     """A recipe as the user writes it; see the built-in ones with `onnxpress recipes`."""
 
@@ -79,6 +94,7 @@ class Recipe(_Section):
     export: ExportSettings = ExportSettings()
     passes: tuple[dict[str, Any], ...] = ()
     gates: tuple[str, ...] = ()
+    calibration: CalibrationSettings = CalibrationSettings()
     validation: ValidationSettings = ValidationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
 

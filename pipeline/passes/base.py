@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pass is: typed settings, a plan that is data, and a report of what really happened.
 
-    plan = settings.plan(model)            reads the graph, changes nothing
-    model = settings.apply(model, plan)    carries the plan out
-    run_pass(settings, model)              both, and the report: seen, changed, left and why, bytes, seconds
+    plan = settings.plan(model, calibration)    reads the graph (and measures it on data), changes nothing
+    model = settings.apply(model, plan)         carries the plan out
+    run_pass(settings, model, calibration)      both, and the report: seen, changed, left and why, bytes, seconds
 
 A pass that finds nothing to do is an error unless it says `may_be_idle`: a recipe that names `quantize_dynamic` and
 gets back an fp32 model has been lied to. Adding a pass is adding one file to this folder and one test.
@@ -19,12 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 from pydantic import BaseModel, ConfigDict
 
 from ...contracts.errors import InputError, OnnxpressError, did_you_mean
 from ...exporters.graph_file import weight_bytes
+from ..statistics import Calibration
 from .graph import nodes_of
 
 
@@ -48,12 +50,14 @@ class Plan:
         actions: One dict a change, JSON throughout, in graph order.
         left: Nodes that stay as they are, and why.
         details: Counts for the report.
+        arrays: What the actions refer to and is no JSON: scales, rounded weights.
     """
 
     seen: int = 0
     actions: list[dict[str, Any]] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,16 +85,26 @@ class PassReport:
 
 
 class Pass(BaseModel, ABC):
-    """Base of all passes: the fields of a subclass are its settings, validated, unknown keys refused."""
+    """Base of all passes: the fields of a subclass are its settings, validated, unknown keys refused.
+
+    Attributes:
+        optional: Finding nothing to do is no error: for recipes that fit several kinds of models.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ()
     may_be_idle: ClassVar[bool] = False
 
+    optional: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that these settings ask for; with any, `plan` is given calibration data."""
+        return ()
+
     @abstractmethod
-    def plan(self, model: ir.Model) -> Plan:
+    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         """Decide what to change, without changing anything."""
 
     @abstractmethod
@@ -128,18 +142,23 @@ def pass_named(name: str) -> type[Pass]:
     return known[name]
 
 
-def run_pass(settings: Pass, model: ir.Model) -> tuple[ir.Model, PassReport]:
+def run_pass(settings: Pass, model: ir.Model, calibration: Calibration | None = None) -> tuple[ir.Model, PassReport]:
     """Plan, apply and report.
 
     Raises:
-        InputError: The pass found nothing to do and may not be idle.
+        InputError: The pass found nothing to do and may not be idle, or it needs calibration data.
         OnnxpressError: The pass broke; the message names it.
     """
     started = time.perf_counter()
     bytes_before, nodes_before = weight_bytes(model), _node_count(model)
+    if settings.needs and calibration is None:
+        raise InputError(
+            f"pass {settings.name} needs calibration data (it measures {', '.join(settings.needs)})",
+            next_step="Give --calibration DATA: some hundred typical inputs, without labels.",
+        )
     try:
-        plan = settings.plan(model)
-        if not plan.actions and not settings.may_be_idle:
+        plan = settings.plan(model, calibration)
+        if not plan.actions and not (settings.may_be_idle or settings.optional):
             raise _nothing_to_do(settings, plan)
         model = settings.apply(model, plan)
         # Passes name new values after old ones, which may meet a name that is taken

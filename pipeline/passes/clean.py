@@ -30,6 +30,7 @@ from onnx_ir.passes.common import (
 )
 
 from ...exporters.graph_file import weight_bytes
+from ..statistics import Calibration
 from .base import Left, Pass, Plan, register
 from .graph import attribute, consumers, drop_unused_weights, fresh_name, is_op, is_weight, nodes_of
 
@@ -40,7 +41,7 @@ class Clean(Pass):
 
     may_be_idle = True
 
-    def plan(self, model: ir.Model) -> Plan:
+    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         # Folding is a fixed point of many small rules: its plan would be its result. The plan names the method alone,
         # and `apply` fills in what happened.
         return Plan(seen=len(model.graph))

@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ..statistics import Calibration
 from . import contrib
 from .attention import AttentionMatch, match_opset23, match_softmax
 from .base import Left, Pass, Plan, register
@@ -62,7 +63,7 @@ class Fuse(Pass):
     residual_sum: bool = True
     unpack: bool = True
 
-    def plan(self, model: ir.Model) -> Plan:
+    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         plan = Plan()
         opset = model.opset_imports.get("", 0)
         for node in nodes_of(model):

@@ -141,14 +141,18 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_node(node: ir.Node, new: Sequence[ir.Node]) -> None:
-    """Put `new` where `node` was; the first output of its last node takes over the first output of `node`."""
-    graph = node.graph
+    """Put `new` where `node` was; the first output of its last node takes over the first output of `node`.
+
+    It takes over the name as well: a value that means the same is called the same, before and after a pass.
+    """
+    graph, name = node.graph, node.outputs[0].name
     assert isinstance(graph, ir.Graph)
     graph.insert_before(node, new)
     result = new[-1].outputs[0]
     result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     replace_value(node.outputs[0], result)
     graph.remove(node, safe=True)
+    result.name = name
 
 
 def drop_unused_weights(model: ir.Model) -> int:

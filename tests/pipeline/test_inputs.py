@@ -15,13 +15,14 @@ from onnxpress.pipeline.inputs import (
     HARD_TEXTS,
     Case,
     benchmark_settings,
+    calibration_batches,
     comparison_cases,
     dataset_texts,
     golden_cases,
     shaped_inputs,
     stack,
 )
-from onnxpress.pipeline.recipe import BenchmarkSettings
+from onnxpress.pipeline.recipe import BenchmarkSettings, CalibrationSettings
 
 from .samples import TEXT_INPUTS, LetterTokenizer, exported
 
@@ -208,3 +209,105 @@ def test_an_input_of_strings_needs_an_example() -> None:
 def test_a_graph_of_fixed_sizes_has_one_case() -> None:
     (case,) = comparison_cases(exported({"x": ("float32", (2, 3))}), None)
     assert case.name == "fixed shape"
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+CALIBRATION = CalibrationSettings(examples=100, batch=3)
+
+
+def test_texts_of_one_length_stand_together_without_padding() -> None:
+    texts = ["a", "bc", "d", "ef", "ghi", "j", "k", ""]
+    batches = calibration_batches(_reader(), _texts(*texts), CALIBRATION)
+    assert [feeds["input_ids"].shape for feeds in batches] == [(3, 3), (1, 3), (2, 4), (1, 5), (1, 2)]
+    assert all(feeds["attention_mask"].all() for feeds in batches)
+    read = sorted(tuple(row) for feeds in batches for row in feeds["input_ids"].tolist())
+    assert read == sorted((1, *(3 + ord(letter) for letter in text), 2) for text in texts)
+
+
+def test_texts_without_a_token_are_left_out_and_none_at_all_is_an_error() -> None:
+    reader = _reader(special=False)
+    batches = calibration_batches(reader, _texts("", "ab", ""), CALIBRATION)
+    assert [feeds["input_ids"].shape for feeds in batches] == [(1, 2)]
+    with pytest.raises(InputError, match=r"dev\.tsv holds no example with anything to read"):
+        calibration_batches(reader, _texts("", ""), CALIBRATION)
+
+
+def test_no_more_examples_than_wanted_and_the_same_each_time() -> None:
+    data = _texts(*(chr(97 + i) for i in range(20)))
+    few = CalibrationSettings(examples=6, batch=4)
+    first, second = (calibration_batches(_reader(), data, few) for _ in range(2))
+    assert [feeds["input_ids"].shape for feeds in first] == [(4, 3), (2, 3)]
+    assert all(np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+
+
+def test_pairs_are_read_as_pairs() -> None:
+    pairs = Dataset((Example(text="a", text_pair="bb"), Example(text="cc", text_pair="d")), "pairs", "p", "")
+    (feeds,) = calibration_batches(_reader(), pairs, CALIBRATION)
+    assert feeds["input_ids"].shape == (2, 2 + len("a|bb"))
+
+
+def test_arrays_are_stacked_in_the_dtype_of_the_model_by_shape() -> None:
+    model = exported({"x": ("float32", ("batch", None))})
+    rows = [*_arrays(4).examples, *_arrays(2, (5,)).examples, *_arrays(1).examples]
+    batches = calibration_batches(model, Dataset(tuple(rows), "arrays", "dev.npz", ""), CALIBRATION)
+    assert [(feeds["x"].shape, feeds["x"].dtype) for feeds in batches] == [
+        ((3, 3), np.float32), ((2, 3), np.float32), ((2, 5), np.float32),
+    ]  # fmt: skip
+    assert batches[0]["x"][:, 0].tolist() == [0, 1, 2]
+
+
+def test_a_fixed_batch_is_filled_or_left_out() -> None:
+    model = exported({"x": ("float32", (4, 3))})
+    assert [f["x"].shape for f in calibration_batches(model, _arrays(11), CALIBRATION)] == [(4, 3), (4, 3)]
+    with pytest.raises(InputError, match=r"dev\.npz: no batch of 4 examples of one shape") as caught:
+        calibration_batches(model, _arrays(3), CALIBRATION)
+    assert "at least 4" in caught.value.next_step
+
+
+@pytest.mark.parametrize("name", ["sequence", None])
+def test_arrays_that_were_padded_lose_their_padding(name: str | None) -> None:
+    """Along every axis of the mask's length, and no other that has the same size by chance, or no name either."""
+    shapes: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "input_ids": ("int64", (None if name is None else "batch", name)),
+        "attention_mask": ("int64", (None if name is None else "batch", name)),
+        "features": ("float32", (None if name is None else "batch", name, 4)),
+        "other": ("float32", (None if name is None else "batch", 4)),
+    }
+    rows = []
+    for length in (4, 2, 3, 2):
+        mask = (np.arange(4) < length).astype(np.int64)
+        features = np.broadcast_to(np.arange(4.0)[:, None], (4, 4)).copy()
+        rows.append(
+            Example(arrays={"input_ids": 7 * mask, "attention_mask": mask, "features": features, "other": np.ones(4)})
+        )
+    batches = calibration_batches(exported(shapes), Dataset(tuple(rows), "arrays", "d.npz", ""), CALIBRATION)
+    assert [f["input_ids"].shape for f in batches] == [(1, 4), (2, 2), (1, 3)]
+    assert all(feeds["attention_mask"].all() for feeds in batches)
+    assert [f["features"].shape for f in batches] == [(1, 4, 4), (2, 2, 4), (1, 3, 4)]
+    assert batches[1]["features"][0, :, 0].tolist() == [0, 1]
+    assert [f["other"].shape for f in batches] == [(1, 4), (2, 4), (1, 4)]
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
+def test_padding_that_is_not_at_the_end_stays_for_the_mask_to_tell(mask: list[int]) -> None:
+    rows = (Example(arrays={"input_ids": np.arange(4), "attention_mask": np.array(mask)}),)
+    (feeds,) = calibration_batches(exported(TEXT_INPUTS), Dataset(rows, "arrays", "d.npz", ""), CALIBRATION)
+    assert feeds["input_ids"].tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_fixed_length_keeps_its_padding() -> None:
+    shapes: dict[str, tuple[str, tuple[Any, ...]]] = {n: ("int64", ("batch", 4)) for n in TEXT_INPUTS}
+    rows = (Example(arrays={"input_ids": np.arange(4), "attention_mask": np.array([1, 1, 0, 0])}),)
+    (feeds,) = calibration_batches(exported(shapes), Dataset(rows, "arrays", "d.npz", ""), CALIBRATION)
+    assert feeds["input_ids"].shape == (1, 4)
+
+
+def test_data_of_the_wrong_kind_is_refused() -> None:
+    with pytest.raises(InputError, match=r"net\.onnx has no tokenizer, so it cannot read texts") as caught:
+        calibration_batches(exported({"x": ("float32", ("batch", 3))}), _texts("a"), CALIBRATION)
+    assert "one array an input" in caught.value.next_step
+    with pytest.raises(InputError, match="this model reads text, the data holds arrays"):
+        calibration_batches(_reader(), _arrays(2), CALIBRATION)
+    with pytest.raises(InputError, match=r"dev\.npz has no array for input 'y'"):
+        calibration_batches(exported({"y": ("float32", ("batch", 3))}), _arrays(2), CALIBRATION)

@@ -16,6 +16,7 @@ from onnxpress.contracts.errors import InputError, OnnxpressError
 from onnxpress.exporters.graph_file import read, write
 from onnxpress.pipeline.passes.base import Left, Pass, Plan, all_passes, pass_named, run_pass
 from onnxpress.pipeline.passes.graph import add_weight, make_node
+from onnxpress.pipeline.statistics import Calibration
 
 TINY = """
 <ir_version: 8, opset_import: ["": 18]>
@@ -34,7 +35,7 @@ class Probe(Pass):
     actions: int = 0
     broken: str = ""
 
-    def plan(self, model: ir.Model) -> Plan:
+    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         if self.broken == "plan":
             raise KeyError("w")
         return Plan(seen=3, actions=[{"n": n} for n in range(self.actions)], left=[Left("h", "too small")])

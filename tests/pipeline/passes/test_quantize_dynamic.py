@@ -14,7 +14,8 @@ from pass_tools import Array, count, model_from, normal, press, reasons, run, sq
 from onnxpress.contracts.errors import InputError
 from onnxpress.pipeline.passes.base import PassReport, run_pass
 from onnxpress.pipeline.passes.clean import Clean
-from onnxpress.pipeline.passes.quantize_dynamic import QuantizeDynamic, quantize_symmetric
+from onnxpress.pipeline.passes.matrix_weights import quantize_symmetric
+from onnxpress.pipeline.passes.quantize_dynamic import QuantizeDynamic
 from onnxpress.runtime.profiling import operators_after_optimization
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
@@ -467,6 +468,6 @@ def test_rounding_is_within_half_a_step(matrix: Array, axis: int | None, bits: i
 def test_rounding_in_blocks_is_rounding_at_once(axis: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     w = normal(37, 11)
     whole = quantize_symmetric(w, axis=axis)
-    monkeypatch.setattr("onnxpress.pipeline.passes.quantize_dynamic._BLOCK", 40)
+    monkeypatch.setattr("onnxpress.pipeline.passes.matrix_weights._BLOCK", 40)
     for one_, other in zip(whole, quantize_symmetric(w, axis=axis), strict=True):
         np.testing.assert_array_equal(one_, other)
