@@ -8,7 +8,7 @@ from typing import Any
 
 from ..contracts.errors import MissingDependency
 from ..runtime.machine import machine
-from ..runtime.session import available_providers
+from ..runtime.session import available_providers, require_provider
 from .demo import PACKAGE
 from .versions import versions
 
@@ -18,10 +18,13 @@ def examine() -> dict[str, Any]:
     facts = machine()
     findings: list[str] = []
     try:
-        providers = available_providers()
+        require_provider("cpu")
     except MissingDependency as error:
-        providers = []
         findings.append(f"{error.message}. {error.next_step}")
+    try:
+        providers = available_providers()
+    except MissingDependency:
+        providers = []
     isa = set(facts["isa"])
     if "avx2" in isa and not isa & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         findings.append(

@@ -14,6 +14,7 @@ from ..contracts.lazy import lazy_names
 if TYPE_CHECKING:
     from .benchmark import Contender, Measurement, Setting, measure
     from .bundle import VerifyResult, hash_file, read_manifest, verify, write_sums
+    from .kernels import Kernel, executed_kernels
     from .machine import default_threads
     from .profiling import NodeTime, OperatorTime, by_operator, operators_after_optimization, profile
     from .session import PROVIDERS, Session, available_providers, require_provider
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROVIDERS",
     "Contender",
+    "Kernel",
     "Measurement",
     "NodeTime",
     "OperatorTime",
@@ -30,6 +32,7 @@ __all__ = [
     "available_providers",
     "by_operator",
     "default_threads",
+    "executed_kernels",
     "hash_file",
     "measure",
     "operators_after_optimization",
@@ -45,6 +48,7 @@ __getattr__ = lazy_names(
     {
         "benchmark": ("Contender", "Measurement", "Setting", "measure"),
         "bundle": ("VerifyResult", "hash_file", "read_manifest", "verify", "write_sums"),
+        "kernels": ("Kernel", "executed_kernels"),
         "machine": ("default_threads",),
         "profiling": ("NodeTime", "OperatorTime", "by_operator", "operators_after_optimization", "profile"),
         "session": ("PROVIDERS", "Session", "available_providers", "require_provider"),

@@ -24,7 +24,7 @@ from .session import Array
 MIN_ROUNDS = 5
 """A setting is measured this often even when its time has run out: below it an interval says nothing."""
 
-_SETTLE_SECONDS = 0.002
+_SETTLE_SECONDS = 0.01
 _PROBE_TIMEOUT_SECONDS = 300.0
 _RESAMPLES = 2000
 _SEED = 0
@@ -82,6 +82,8 @@ class Measurement:
         load_ms: Milliseconds to load the model in a fresh process; None without a probe.
         peak_rss_mb: Peak resident memory of that process in MiB; None without a probe.
         note: Why a probe gave nothing; None when all is well.
+        first_run_ms: Median over the shapes of the inputs of the first run at each, in the warm-up: some engines make
+            their kernels for a shape when they meet it, and `latency_ms` is free of that. None without a warm-up.
     """
 
     provider: str
@@ -97,6 +99,7 @@ class Measurement:
     load_ms: float | None = None
     peak_rss_mb: float | None = None
     note: str | None = None
+    first_run_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,7 +123,8 @@ def measure(
         rounds: Turns of each contender in each setting.
         max_seconds: Time for one setting, warm-up included. When it is over the current round is finished, and at
             least `MIN_ROUNDS` (or `rounds`, if smaller) are made.
-        warmup: Turns of each contender before the clock counts.
+        warmup: Turns of each contender before the clock counts; one for each shape of the inputs if that is more, as
+            far as half the time goes. 0 turns the warm-up off.
         threads: Recorded, and given to the probes as OMP_NUM_THREADS; it configures no contender.
         progress: Called with one line as each stage begins.
 
@@ -139,8 +143,11 @@ def measure(
     measured = []
     for setting in settings:
         say(f"measuring {setting.name} ({setting.shape}): {', '.join(c.variant for c in contenders)}")
-        times = _take_turns(contenders, setting, rounds, max_seconds, warmup)
-        measured.append([_summary(c, setting, threads, times[:, i], times[:, 0]) for i, c in enumerate(contenders)])
+        deadline = time.perf_counter() + max_seconds
+        first = _warm_up(contenders, setting, warmup, deadline - max_seconds / 2)
+        times = _take_turns(contenders, setting, rounds, deadline)
+        rows = [_summary(c, setting, threads, times[:, i], times[:, 0]) for i, c in enumerate(contenders)]
+        measured.append([replace(row, first_run_ms=ms) for row, ms in zip(rows, first, strict=True)])
     found = []
     for contender in contenders:  # after all timing, one at a time: a probe must not share the cores with a turn
         if contender.probe is not None:
@@ -166,12 +173,25 @@ def ratio_interval(reference_ms: Row, contender_ms: Row) -> dict[str, float]:
     return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
-def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, max_seconds: float, warmup: int) -> Row:
-    """Return the milliseconds of every turn, float64 `[rounds made, contenders]`."""
-    deadline = time.perf_counter() + max_seconds
-    for turn in range(warmup):
+def _warm_up(contenders: Sequence[Contender], setting: Setting, warmup: int, deadline: float) -> list[float | None]:
+    """Let every contender meet every shape once, and take at least `warmup` turns; return each one's `first_run_ms`."""
+    if warmup == 0:
+        return [None] * len(contenders)
+    shapes: dict[tuple[object, ...], dict[str, Array]] = {}
+    for feeds in setting.feeds:
+        shapes.setdefault(tuple((name, array.shape) for name, array in feeds.items()), feeds)
+    first: list[list[float]] = []
+    for feeds in shapes.values():
+        if not first or time.perf_counter() < deadline:
+            first.append([_turn(contender, feeds) for contender in contenders])
+    for turn in range(len(first), warmup):
         for contender in contenders:
             contender.run(setting.feeds[turn % len(setting.feeds)])
+    return [float(np.median(times)) for times in zip(*first, strict=True)]
+
+
+def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, deadline: float) -> Row:
+    """Return the milliseconds of every turn, float64 `[rounds made, contenders]`."""
     times: list[list[float]] = []
     collecting = gc.isenabled()
     gc.collect()
@@ -189,7 +209,8 @@ def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, 
 def _turn(contender: Contender, feeds: dict[str, Array]) -> float:
     """Return the milliseconds of one turn."""
     # The worker threads of whoever ran before (OpenMP, a session's pool) spin on the cores for a moment after they
-    # have finished; let them go idle, so that nobody pays for a neighbour.
+    # have finished, PyTorch's for 5 to 7 ms (benchmarks/idle_threads.py); let them go idle, so that nobody pays for a
+    # neighbour.
     time.sleep(_SETTLE_SECONDS)
     start = time.perf_counter_ns()
     contender.run(feeds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of one run goes: the nodes that ONNX Runtime really executes, after its own optimizations."""
+"""Where the time of one run goes: the nodes that the engine really executes, after its own optimizations."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class NodeTime:
     """One executed node.
 
     Attributes:
-        op: Operator type as ONNX Runtime runs it (`MatMul`, `QAttention`, `MemcpyToHost`).
-        name: The node's name; ONNX Runtime invents one (`MatMul_0`) where the graph has none.
+        op: Operator type as the engine runs it (`MatMul`, `QAttention`, `MemcpyToHost`; `FullyConnected`, `Subgraph`
+            for what OpenVINO has fused).
+        name: The node's name; the engine invents one (`MatMul_0`) where the graph has none.
         provider: Short name of the provider that ran it, which may be `cpu` although another one was asked for.
         ms_per_run: Median over the runs, in milliseconds. A node in a loop counts all its executions.
         share: Part of the time of all nodes, 0 to 1.
+        kernel: OpenVINO's name of the implementation, which ends in the type that it computes in
+            (`brgemm_avx512_i8`); empty with ONNX Runtime, whose operator types say it.
     """
 
     op: str
@@ -33,6 +36,7 @@ class NodeTime:
     provider: str
     ms_per_run: float
     share: float
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def profile(
     threads: int | None = None,
     runs: int = 5,
 ) -> list[NodeTime]:
-    """Time every node that ONNX Runtime executes for these inputs, slowest first.
+    """Time every node that the engine executes for these inputs, slowest first.
 
     Profiling itself costs some microseconds a node, so these times explain a latency; they do not replace measuring it.
 
@@ -93,9 +97,9 @@ def operators_after_optimization(
     provider: str = "cpu",
     threads: int | None = None,
 ) -> dict[str, int]:
-    """Count the nodes that ONNX Runtime executes for these inputs, by operator type, most frequent first.
+    """Count the nodes that the engine executes for these inputs, by operator type, most frequent first.
 
-    Fusions that ONNX Runtime makes by itself are counted as what they became, and the branch of an `If` that these
+    Fusions that the engine makes by itself are counted as what they became, and the branch of an `If` that these
     inputs do not take is not counted.
     """
     times = profile(model, feeds, provider=provider, threads=threads, runs=1)
@@ -107,7 +111,7 @@ def _node_times(events: list[dict[str, object]], runs: int) -> list[NodeTime]:
     """Turn the events of a trace (microseconds) into times a node; the first run in it is left out."""
     starts = sorted(_number(e["ts"]) for e in events if e["name"] == "model_run")
     short = {full: name for name, full in PROVIDERS.items()}
-    spent: dict[tuple[str, str, str, str], list[float]] = defaultdict(lambda: [0.0] * runs)
+    spent: dict[tuple[str, str, str, str, str], list[float]] = defaultdict(lambda: [0.0] * runs)
     for event in events:
         label, args = str(event["name"]), event.get("args")
         if event["cat"] != "Node" or not label.endswith("_kernel_time") or not isinstance(args, dict):
@@ -120,12 +124,15 @@ def _node_times(events: list[dict[str, object]], runs: int) -> list[NodeTime]:
             str(args["op_name"]),
             label.removesuffix("_kernel_time"),
             short.get(ran_on, ran_on),
+            str(args.get("kernel", "")),
             str(args.get("node_index")),
         )
         spent[key][run] += _number(event["dur"]) / 1e3
     medians = {key: median(values) for key, values in spent.items()}
     total = sum(medians.values()) or 1.0
-    times = [NodeTime(op, name, ran_on, ms, ms / total) for (op, name, ran_on, _), ms in medians.items()]
+    times = [
+        NodeTime(op, name, ran_on, ms, ms / total, kernel) for (op, name, ran_on, kernel, _), ms in medians.items()
+    ]
     return sorted(times, key=lambda time: (-time.ms_per_run, time.name))
 
 

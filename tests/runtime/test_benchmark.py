@@ -2,6 +2,7 @@
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,38 @@ def test_turns_are_interleaved_and_share_the_input() -> None:
     measure(contenders, [Setting("s", 1, "1", inputs(2))], rounds=6, warmup=1, threads=1)
     expected = [(name, turn) for turn in [0, 0, 1, 0, 1, 0, 1] for name in "ABC"]  # the warm-up, then six rounds
     assert calls == expected
+
+
+def test_the_warm_up_meets_every_shape_once() -> None:
+    """An engine that makes kernels for each shape it meets: that time is told apart from the latency."""
+    seen: dict[str, list[int]] = {"A": [], "B": []}
+
+    def engine(name: str, cost: float) -> Callable[[Feeds], None]:
+        def run(feeds: Feeds) -> None:
+            length = feeds["x"].shape[0]
+            if length not in seen[name]:
+                time.sleep(cost)
+            seen[name].append(length)
+
+        return run
+
+    feeds = [{"x": np.zeros(length)} for length in (3, 5, 3, 7, 7)]
+    contenders = [Contender("A", "cpu", engine("A", 0.0)), Contender("B", "cpu", engine("B", 0.03))]
+    a, b = measure(contenders, [Setting("s", 1, "own", feeds)], rounds=5, warmup=2, threads=1)
+    assert seen["A"] == seen["B"] == [3, 5, 7, 3, 5, 3, 7, 7]
+    assert a.first_run_ms is not None
+    assert b.first_run_ms is not None
+    assert b.first_run_ms >= 30
+    (none,) = measure(contenders[:1], [Setting("s", 1, "own", feeds)], rounds=2, warmup=0, threads=1)
+    assert none.first_run_ms is None
+
+
+def test_a_warm_up_without_time_stops_after_one_shape() -> None:
+    calls: list[tuple[str, int]] = []
+    feeds = [{"x": np.full(length, length)} for length in (1, 2, 3)]
+    contenders = [Contender("A", "cpu", recorder(calls, "A"))]
+    measure(contenders, [Setting("s", 1, "1", feeds)], rounds=1, max_seconds=0, warmup=1, threads=1)
+    assert [length for _, length in calls] == [1, 1]
 
 
 def test_each_setting_and_contender_is_reported_in_order() -> None:

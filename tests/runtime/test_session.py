@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx.parser
@@ -10,8 +11,8 @@ import pytest
 import onnxpress.runtime
 from onnxpress.contracts.errors import InputError, MissingDependency, OnnxpressError
 from onnxpress.contracts.signature import TensorSpec
-from onnxpress.runtime import PROVIDERS, Session, available_providers, require_provider
-from onnxpress.runtime.session import _DeviceRun
+from onnxpress.runtime import PROVIDERS, Session, available_providers, openvino_engine, require_provider
+from onnxpress.runtime.onnxruntime_engine import OnnxRuntimeEngine, _DeviceRun
 
 ANSWER = [[2, 4], [11, 13], [0, 0]]  # by hand: rows [0+2, 1+3], [4+6+1, 5+7+1], and below zero
 
@@ -21,10 +22,14 @@ def parse(text: str) -> bytes:
     return model
 
 
+def onnxruntime_session(session: Session) -> Any:
+    assert isinstance(session._engine, OnnxRuntimeEngine)
+    return session._engine.session
+
+
 def test_import_is_light() -> None:
-    heavy = (
-        "{'onnxruntime', 'torch', 'transformers', 'onnx', 'safetensors', 'onnxpress.exporters', 'onnxpress.pipeline'}"
-    )
+    engines = "'onnxruntime', 'openvino', 'torch', 'transformers', 'onnx', 'safetensors'"
+    heavy = f"{{{engines}, 'onnxpress.exporters', 'onnxpress.pipeline'}}"
     check = (
         f"import sys, onnxpress.runtime; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     )
@@ -32,9 +37,10 @@ def test_import_is_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_modules_do_not_import_onnxruntime_until_used() -> None:
-    modules = "session, benchmark, bundle, machine, probe, profiling"
-    check = f"import sys; from onnxpress.runtime import {modules}; sys.exit('onnxruntime' in sys.modules)"
+def test_modules_import_no_engine_until_it_is_used() -> None:
+    modules = "session, benchmark, bundle, kernels, machine, probe, profiling"
+    engines = "{'onnxruntime', 'openvino'}"
+    check = f"import sys; from onnxpress.runtime import {modules}; sys.exit(bool({engines} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
@@ -137,8 +143,13 @@ def test_known_provider_that_is_not_installed() -> None:
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependency) as caught:
-        available_providers()
+        require_provider("cpu")
     assert caught.value.next_step == 'pip install "onnxpress[cpu]"'
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda: True)
+    assert available_providers() == ["openvino"]
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda: False)
+    with pytest.raises(MissingDependency, match="onnxruntime is not installed"):
+        available_providers()
 
 
 def test_silent_fallback_is_an_error(
@@ -187,7 +198,7 @@ def test_absent_model_and_bad_threads(tmp_path: Path, tiny: Path) -> None:
 def test_device_buffers_follow_shapes_and_values(tiny: Path, feeds: dict[str, np.ndarray]) -> None:
     """What CUDA uses, with the CPU as the device: the buffers must be refilled, and made anew for another shape."""
     session = Session(tiny)
-    bound = _DeviceRun(session._session, "cpu")
+    bound = _DeviceRun(onnxruntime_session(session), "cpu")
     for rows in [3, 1, 2, 3, *range(1, 14), 3]:
         for factor in (1, 2):
             # reversed order and a strided array: neither may matter
@@ -199,7 +210,7 @@ def test_device_buffers_follow_shapes_and_values(tiny: Path, feeds: dict[str, np
 
 def test_device_run_copes_with_shapes_that_depend_on_values() -> None:
     text = '<ir_version: 8, opset_import: ["": 16]> g (float[n] x) => (int64[1, found] y) {y = NonZero(x)}'
-    bound = _DeviceRun(Session(parse(text))._session, "cpu")
+    bound = _DeviceRun(onnxruntime_session(Session(parse(text))), "cpu")
     assert bound(["y"], {"x": np.array([1, 0, 1], np.float32)})[0].tolist() == [[0, 2]]
     assert bound(["y"], {"x": np.array([0, 1, 0], np.float32)})[0].tolist() == [[1]]
     assert bound(["y"], {"x": np.array([1, 1, 1], np.float32)})[0].tolist() == [[0, 1, 2]]
@@ -207,7 +218,7 @@ def test_device_run_copes_with_shapes_that_depend_on_values() -> None:
 
 def test_device_run_returns_the_outputs_asked_for() -> None:
     text = '<ir_version: 8, opset_import: ["": 16]> g (float[n] x) => (float[n] a, float[n] b) {a = Neg(x) b = Abs(x)}'
-    bound = _DeviceRun(Session(parse(text))._session, "cpu")
+    bound = _DeviceRun(onnxruntime_session(Session(parse(text))), "cpu")
     given = {"x": np.array([3], np.float32)}
     assert [value.item() for value in bound(["a", "b"], given)] == [-3, 3]
     assert [value.item() for value in bound(["b"], given)] == [3]
