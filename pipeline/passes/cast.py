@@ -1,77 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cast`: fp32 to fp16 throughout, with fp32 kept at the model's inputs and outputs.
+"""`cast`: fp32 to fp16 or bf16, with fp32 kept at the model's inputs and outputs, and wherever else it is needed.
 
 Numbers beyond fp16 are brought to its ends instead of becoming infinity (the mask constant -3.4e38 becomes -65504), and
 single numbers that would become 0 to its smallest (a 1e-9 that guards a division stays a guard). Both are counted in
 the report. Operators that ONNX defines for fp32 only keep it, between two casts; so does the way from int8 products
 back to floating point, whose int32 sums do not fit into fp16 before they are scaled.
 
+With `mixed`, what stays fp32 is found by measurement: see `mixed_precision`.
+
+With `storage_only`, weights alone are cast, and cast back where they are read. ONNX Runtime folds these casts when it
+loads the model: half the bytes on the disk, fp32 arithmetic, no operator that a provider lacks.
+
+bf16 arithmetic is for GPUs: ONNX Runtime has no CPU kernel of Add or MatMul for it, and refuses to load such a model
+there. `no_cpu_kernel` in the report lists the operators concerned.
+
 Reference: type constraints of each operator in the ONNX specification (Operators.md) and in ContribOperators.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+from pydantic import Field, model_validator
 
-from ...contracts.errors import InputError
+from ...contracts.errors import InputError, did_you_mean
+from ..statistics import Calibration
 from .base import Left, Pass, Plan, register
-from .graph import MICROSOFT, attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of, producer
-
-FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
-
-
-@dataclass(frozen=True)
-class _Places:
-    """The inputs and outputs of a node that stay fp32."""
-
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-
-
-_FLOAT32_ONLY: dict[str, _Places] = {
-    "DequantizeLinear": _Places((1,), (0,)),
-    "DynamicQuantizeLinear": _Places((0,), (1,)),
-    "LayerNormalization": _Places((), (1, 2)),
-    "NonMaxSuppression": _Places((0, 1, 3, 4)),
-    "QLinearConv": _Places((1, 4, 6)),
-    "QLinearMatMul": _Places((1, 4, 6)),
-    "QuantizeLinear": _Places((0, 1)),
-    "Range": _Places((0, 1, 2), (0,)),
-    "Resize": _Places((2,)),
-    "TfIdfVectorizer": _Places((), (0,)),
-    "Upsample": _Places((1,)),
-    **dict.fromkeys(("Bernoulli", "EyeLike", "RandomNormalLike", "RandomUniformLike"), _Places((0,), (0,))),
-    **dict.fromkeys(("RandomNormal", "RandomUniform", "MelWeightMatrix"), _Places((), (0,))),
-    **dict.fromkeys(("BlackmanWindow", "HammingWindow", "HannWindow"), _Places((), (0,))),
-    "Multinomial": _Places((0,)),
-}
-"""Operators of the ONNX domain that take fp32 only, or lose what they were given (QuantizeLinear and Range in later
-opsets), or have no fp16 kernel in ONNX Runtime (what makes random numbers and windows)."""
-
-_TAKES_FLOAT16 = frozenset(
-    (
-        "Attention",
-        "BiasGelu",
-        "EmbedLayerNormalization",
-        "FastGelu",
-        "FusedMatMul",
-        "Gelu",
-        "GroupQueryAttention",
-        "MatMulNBits",
-        "MultiHeadAttention",
-        "QuickGelu",
-        "RotaryEmbedding",
-        "SimplifiedLayerNormalization",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-    )
+from .graph import add_weight, attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of
+from .low_precision import (
+    CPU_BFLOAT16,
+    DATA_TYPES,
+    FLOAT,
+    NOWHERE,
+    Held,
+    Places,
+    Precision,
+    held_by_kind,
+    limits,
+    needs_float32,
+    nodes_inside,
+    peak,
+    round_to,
+    subgraphs_of,
+    why_held,
+    with_kept,
 )
-"""Operators of com.microsoft that are cast; other operators outside the ONNX domain keep fp32."""
+from .mixed_precision import Goal, Kept, bridges, bring_in_weight, measure
+
+_WORTH_A_CAST = 256
+"""Elements from which on a weight that is stored in 16 bits is worth the operator that brings it back."""
 
 
 @register("cast")
@@ -80,158 +61,208 @@ class CastPass(Pass):
 
     Attributes:
         to: The type of weights and activations.
+        storage_only: Cast weights alone; every operator computes in fp32.
+        keep: Patterns (`*`, `?`) of the names of nodes that stay fp32, or of weights that they read.
+        mixed: Leave in fp32 what calibration data shows to overflow, or to cost too much accuracy.
+        headroom: With `mixed`, how many times larger than on the calibration data values may become.
+        minimum_sqnr_db: With `mixed`, the signal to quantization noise ratio that every output has to reach on the
+            calibration data, in dB, against the model as it was.
     """
 
-    to: Literal["float16"] = "float16"
+    to: Precision = "float16"
+    storage_only: bool = False
+    keep: tuple[str, ...] = ()
+    mixed: bool = False
+    headroom: float = Field(default=2.0, ge=1.0, le=1024.0)
+    minimum_sqnr_db: float = Field(default=40.0, gt=0.0, le=120.0)
 
-    def plan(self, model: ir.Model) -> Plan:
-        plan = Plan()
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> CastPass:
+        if self.storage_only and self.mixed:
+            raise ValueError("storage_only computes in fp32 throughout, so that mixed has nothing to find")
+        return self
+
+    @property
+    def _goal(self) -> Goal:
+        return Goal(self.to, self.headroom, self.minimum_sqnr_db)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("ranges",) if self.mixed else ()
+
+    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         if model.functions:
             raise InputError("cast cannot look into local functions", next_step="Put the clean pass before it.")
-        held = _held(model)
-        for key, value in initializers_of(model).items():
-            if value.const_value is None or value.const_value.dtype != FLOAT:
-                continue
-            plan.seen += 1
-            if value.is_graph_input():
-                plan.left.append(Left(key, "also an input of the graph; put the clean pass before"))
-            elif _stays(value, held):
-                plan.left.append(Left(key, "an output of the graph, or read by an operator that takes fp32 only"))
-            else:
-                plan.actions.append({"weight": key})
-        for node in nodes_of(model):
-            if is_op(node, "Constant") and _holds_float(node):
-                plan.seen += 1
-                plan.actions.append({"constant": label(node)})
-        by_kind = [node for node in held if node.op_type in _FLOAT32_ONLY or _is_foreign(node)]
-        plan.left += [Left(label(node), f"{node.op_type} stays in fp32") for node in by_kind]
+        # What is decided here is decided about the model as `apply` will have prepared it
+        model = model.clone()
+        if not self.storage_only:
+            _prepare(model)
+        kept = _kept_by_name(model, self.keep)
+        if self.storage_only:
+            return _plan_storage(model, set(kept), self.to)
+        plan, by_kind = Plan(), held_by_kind(model, self.to)
+        if self.mixed and _castable(model, by_kind):
+            assert calibration is not None
+            measured = measure(model, by_kind, kept, self._goal, calibration)
+            kept, plan.details = measured.kept, dict(measured.details)
+            if measured.brought_in:
+                plan.details["brought_in"] = sorted(measured.brought_in)
+        else:
+            kept |= dict.fromkeys(bridges(model, by_kind, kept), "saves casts between nodes that stay fp32")
+        _plan_weights(model, with_kept(by_kind, kept), set(kept), plan)
+        reasons = {**{node: why_held(node, self.to, model.opset_imports.get("", 0)) for node in by_kind}, **kept}
+        plan.left += [Left(label(node), reason) for node, reason in reasons.items() if reason]
+        plan.details["kept"] = [_key(node) for node in kept]
+        if not plan.actions and "worst_sqnr_db_before" in plan.details:
+            raise self._nothing_left(kept, plan.details["worst_sqnr_db_before"])
         return plan
 
     def apply(self, model: ir.Model, plan: Plan) -> ir.Model:
         chosen = {action["weight"] for action in plan.actions if "weight" in action}
-        vetoed = {value for key, value in initializers_of(model).items() if key not in chosen}
-        counts = {"clamped": 0, "raised_to_smallest": 0}
-        # Constant nodes become initializers, so that what holds for one holds for the other
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        if self.storage_only:
+            return _store(model, chosen, self.to, plan)
+        _prepare(model)
+        names = set(plan.details.pop("kept", ()))
+        kept = [node for node in nodes_of(model) if _key(node) in names]
+        held = with_kept(held_by_kind(model, self.to), kept)
+        low = DATA_TYPES[self.to]
         ends = {value for value in model.graph.outputs if value.dtype == FLOAT}
-        _refuse_unknown_types(model)
-        held = _held(model)
-        stay = {value for value in vetoed if value.dtype == FLOAT}
+        counts = {"clamped": 0, "raised_to_smallest": 0}
+        for name in plan.details.get("brought_in", ()):
+            bring_in_weight(model.graph.initializers[name], self._goal.threshold)
+        stay = {value for value in model.graph.inputs if value.dtype == FLOAT} | _values_inside(kept)
         cast = 0
-        for value in initializers_of(model).values():
+        for key, value in initializers_of(model).items():
             if value.const_value is None or value.const_value.dtype != FLOAT:
                 continue
-            if value in stay or _stays(value, held):
+            if key not in chosen or _weight_stays(value, held):
                 stay.add(value)
             else:
-                value.const_value = _cast_tensor(value.const_value, counts)
-                value.type = ir.TensorType(FLOAT16)
+                value.const_value = _cast_tensor(value.const_value, self.to, counts)
+                value.type = ir.TensorType(low)
                 cast += 1
-        stay |= {value for value in model.graph.inputs if value.dtype == FLOAT}
         stay |= {node.outputs[i] for node, places in held.items() for i in places.outputs if i < len(node.outputs)}
         for node in nodes_of(model):
             if node not in held:
-                _cast_attributes(node, counts)
-        _retype(model, stay)
-        casts = _Casts()
+                _cast_attributes(node, self.to, counts)
+        _retype(model, stay, low)
+        casts = _Casts(model, self.to, counts, held)
         for node in list(nodes_of(model)):
-            _connect(node, held.get(node, _Places()), stay, casts)
-        _cast_outputs(model, ends, stay, casts)
-        plan.details = {**counts, "weights_cast": cast}
+            _connect(node, held.get(node, NOWHERE), stay, casts)
+        _cast_outputs(model, ends, stay, set(kept), casts)
+        plan.details |= {**counts, "weights_cast": cast, "casts_inserted": len(casts.made)}
+        if self.keep or self.mixed:
+            plan.details["nodes_kept_fp32"] = len(kept)
+        if self.to == "bfloat16":
+            plan.details["no_cpu_kernel"] = _without_cpu_kernel(model)
         return model
 
-
-def to_float16(array: np.ndarray, *, keep_nonzero: bool = True) -> tuple[np.ndarray, int, int]:
-    """Round to fp16 without making infinities, nor new zeros.
-
-    Args:
-        array: float32, any shape. Its own infinities and NaN stay.
-        keep_nonzero: Bring what would become zero to the smallest fp16 of its sign.
-
-    Returns:
-        The float16 array, how many values were brought to +-65504, and how many to the smallest fp16.
-    """
-    limits = np.finfo(np.float16)
-    clamped = np.isfinite(array) & (np.abs(array) > limits.max)
-    # Up to 65520 numpy rounds to the largest, beyond it to infinity; `clip` would take the infinities along
-    result = np.where(clamped, np.copysign(np.float32(limits.max), array), array).astype(np.float16)
-    vanished = (result == 0) & (array != 0) & keep_nonzero
-    if vanished.any():
-        result = np.where(vanished, np.copysign(limits.smallest_subnormal, result), result).astype(np.float16)
-    return result, int(clamped.sum()), int(vanished.sum())
+    def _nothing_left(self, kept: Kept, sqnr: float | None) -> InputError:
+        node, reason = next(iter(kept.items()), (None, ""))
+        because = f", such as {label(node)}: {reason}" if node is not None else ""
+        reached = "not finite" if sqnr is None else f"{sqnr:g} dB"
+        return InputError(
+            f"cast finds no weight that could be {self.to} with minimum_sqnr_db {self.minimum_sqnr_db:g} and headroom "
+            f"{self.headroom:g} (all in {self.to} is {reached}); {len(kept)} nodes stay in fp32{because}",
+            next_step="Lower minimum_sqnr_db, or set storage_only: true instead of mixed.",
+        )
 
 
-def _held(model: ir.Model) -> dict[ir.Node, _Places]:
-    """Every node that keeps fp32 somewhere, and where."""
-    held: dict[ir.Node, _Places] = {}
+def _prepare(model: ir.Model) -> None:
+    """Make every constant an initializer, so that what holds for one holds for the other, and every type known."""
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+def _key(node: ir.Node) -> str:
+    """What a plan calls a node by: unlike its own name, the name of what it makes is there, and once."""
+    return next((str(value.name) for value in node.outputs if value.name), "")
+
+
+def _kept_by_name(model: ir.Model, patterns: tuple[str, ...]) -> Kept:
+    names = {}
     for node in nodes_of(model):
-        places = _places(node)
-        if places is not None:
-            held[node] = _Places(
-                tuple(i for i in places.inputs if i < len(node.inputs) and _may_be_float(node, node.inputs[i])),
-                tuple(i for i in places.outputs if i < len(node.outputs) and _may_be_float(node, node.outputs[i])),
-            )
-    return {node: places for node, places in held.items() if places.inputs or places.outputs}
+        names[node] = [
+            label(node),
+            *(str(value.name) for value in node.inputs if value is not None and is_weight(value)),
+        ]
+    kept: Kept = {}
+    for pattern in patterns:
+        found = [node for node, own in names.items() if any(fnmatchcase(name, pattern) for name in own)]
+        if not found:
+            known = [name for own in names.values() for name in own]
+            raise InputError(f"cast: no node is named like keep '{pattern}'", next_step=did_you_mean(pattern, known))
+        kept |= {node: f"kept by name ({pattern})" for node in found if node not in kept}
+    return kept
 
 
-def _is_foreign(node: ir.Node) -> bool:
-    return bool(node.domain) and not (node.domain == MICROSOFT and node.op_type in _TAKES_FLOAT16)
+def _castable(model: ir.Model, held: Held) -> bool:
+    plan = Plan()
+    _plan_weights(model, held, set(), plan)
+    return bool(plan.actions)
 
 
-def _refuse_unknown_types(model: ir.Model) -> None:
-    for node in filter(_is_foreign, nodes_of(model)):
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and value.dtype is None:
-                raise InputError(
-                    f"cast does not know whether '{value.name}' at {node.domain}::{node.op_type} is fp32",
-                    next_step="Declare its type in the graph's value_info, or leave the cast pass out.",
-                )
+def _plan_weights(model: ir.Model, held: Held, kept: set[ir.Node], plan: Plan) -> None:
+    for key, value in initializers_of(model).items():
+        if value.const_value is None or value.const_value.dtype != FLOAT:
+            continue
+        plan.seen += 1
+        if value.is_graph_input():
+            plan.left.append(Left(key, "also an input of the graph; put the clean pass before"))
+        elif _weight_stays(value, held):
+            reader = next((use.node for use in value.uses() if use.node in kept), None)
+            reason = "an output of the graph, or read by an operator that takes fp32 only"
+            plan.left.append(Left(key, f"read by {label(reader)}, which stays in fp32" if reader else reason))
+        else:
+            plan.actions.append({"weight": key})
+    for node in nodes_of(model):
+        if is_op(node, "Constant") and _holds_float(node) and node not in held:
+            plan.seen += 1
+            plan.actions.append({"constant": label(node)})
 
 
-def _places(node: ir.Node) -> _Places | None:
-    if _is_foreign(node):
-        return _Places(tuple(range(len(node.inputs))), tuple(range(len(node.outputs))))
-    if not node.domain and node.op_type in _FLOAT32_ONLY:
-        return _FLOAT32_ONLY[node.op_type]
-    if _dequantizes(node):
-        return _Places((), (0,))
-    if _dequantizes_product(node):
-        return _Places((0, 1), (0,))
-    if is_op(node, "Gather") and is_weight(node.inputs[0]) and any(map(_dequantizes_product, node.successors())):
-        return _Places((0,), (0,))  # the scales of an int8 embedding
-    return None
-
-
-def _dequantizes(node: ir.Node | None) -> bool:
-    """Whether `node` brings the int32 sums of an int8 product, or the codes of an int8 embedding, to fp32."""
-    if node is None or not is_op(node, "Cast") or node.attributes["to"].as_int() != int(FLOAT):
-        return False
-    maker = producer(node.inputs[0], "MatMulInteger", "ConvInteger", "Gather")
-    if maker is None or maker.op_type != "Gather":
-        return maker is not None
-    codes = maker.inputs[0]
-    return codes is not None and is_weight(codes) and codes.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
-
-
-def _dequantizes_product(node: ir.Node) -> bool:
-    """Whether `node` multiplies by a scale of the activations, or scales what was cast from integers."""
-    makers = [value.producer() for value in node.inputs if value is not None]
-    return is_op(node, "Mul") and any(is_op(m, "DynamicQuantizeLinear") or _dequantizes(m) for m in makers)
-
-
-def _may_be_float(node: ir.Node, value: ir.Value | None) -> bool:
-    """Whether a value at a place for fp32 is fp32: operators that also work on integers need it to be known."""
-    if value is None:
-        return False
-    if value.dtype is None:
-        return not node.domain and node.op_type not in ("QuantizeLinear", "Range")
-    return isinstance(value.type, ir.TensorType | None) and value.dtype == FLOAT
-
-
-def _stays(value: ir.Value, held: dict[ir.Node, _Places]) -> bool:
+def _weight_stays(value: ir.Value, held: Held) -> bool:
     at_an_end = value.is_graph_output() or value.is_graph_input()
-    return at_an_end or any(use.node in held and use.idx in held[use.node].inputs for use in value.uses())
+    return at_an_end or any(use.idx in held.get(use.node, NOWHERE).inputs for use in value.uses())
+
+
+def _plan_storage(model: ir.Model, kept: set[ir.Node], to: Precision) -> Plan:
+    plan, end = Plan(), limits(to)[0]
+    for key, value in initializers_of(model).items():
+        if value.const_value is None or value.const_value.dtype != FLOAT:
+            continue
+        plan.seen += 1
+        if value.is_graph_input() or value.is_graph_output():
+            reason = "also an input or output of the graph; put the clean pass before"
+        elif value.const_value.size < _WORTH_A_CAST:
+            reason = f"fewer than {_WORTH_A_CAST} elements are not worth a Cast"
+        elif any(use.node in kept for use in value.uses()):
+            reason = "kept by name"
+        elif needs_float32(value):
+            reason = "read by an operator that takes fp32 only"
+        elif peak(value) > end:
+            reason = f"reaches {peak(value):.4g}, and {to} ends at {end:.6g}"
+        else:
+            plan.actions.append({"weight": key})
+            continue
+        plan.left.append(Left(key, reason))
+    return plan
+
+
+def _store(model: ir.Model, chosen: set[str], to: Precision, plan: Plan) -> ir.Model:
+    """Store weights in 16 bits, each with one cast back to fp32 at the start of its graph."""
+    counts = {"clamped": 0, "raised_to_smallest": 0}
+    casts = _Casts(model, to, counts, {})
+    for key, value in initializers_of(model).items():
+        if key in chosen and value.const_value is not None:
+            uses, graph = list(value.uses()), value.graph
+            assert isinstance(graph, ir.Graph)
+            value.const_value = _cast_tensor(value.const_value, to, counts)
+            value.type = ir.TensorType(DATA_TYPES[to])
+            for use in uses:
+                use.node.replace_input_with(use.idx, casts.cast(value, FLOAT, graph))
+    plan.details = {"weights_cast": len(chosen), "casts_inserted": len(casts.made)}
+    return model
 
 
 def _holds_float(constant: ir.Node) -> bool:
@@ -241,48 +272,59 @@ def _holds_float(constant: ir.Node) -> bool:
     return attr.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS)
 
 
-def _cast_tensor(tensor: ir.TensorProtocol, counts: dict[str, int]) -> ir.TensorProtocol:
+def _cast_tensor(tensor: ir.TensorProtocol, to: Precision, counts: dict[str, int]) -> ir.TensorProtocol:
     # Among many weights, one next to zero may well be zero; a number alone is there for a reason
-    array, clamped, raised = to_float16(tensor.numpy(), keep_nonzero=tensor.size == 1)
+    array, clamped, raised = round_to(tensor.numpy(), to, keep_nonzero=tensor.size == 1)
     counts["clamped"] += clamped
     counts["raised_to_smallest"] += raised
     return ir.Tensor(array, name=tensor.name)
 
 
-def _cast_attributes(node: ir.Node, counts: dict[str, int]) -> None:
+def _cast_attributes(node: ir.Node, to: Precision, counts: dict[str, int]) -> None:
     if node.domain:
         return
+    low = DATA_TYPES[to]
     name = {"Cast": "to", "SequenceEmpty": "dtype"}.get(node.op_type)
     if name and attribute(node, name, int(FLOAT)) == int(FLOAT):  # the default of SequenceEmpty
-        node.attributes[name] = ir.AttrInt64(name, int(FLOAT16))
+        node.attributes[name] = ir.AttrInt64(name, int(low))
     if is_op(node, "ConstantOfShape") and "value" not in node.attributes:
-        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(np.zeros(1, np.float16)))
+        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(np.zeros(1, low.numpy())))
     for key, attr in list(node.attributes.items()):
         if attr.type == ir.AttributeType.TENSOR and attr.value is not None:
             tensor = attr.as_tensor()
             if tensor.dtype == FLOAT:
-                node.attributes[key] = ir.AttrTensor(key, _cast_tensor(tensor, counts))
+                node.attributes[key] = ir.AttrTensor(key, _cast_tensor(tensor, to, counts))
     if is_op(node, "Constant"):  # what could not be lifted, since the graph returns it
         for key in ("value_float", "value_floats"):
             if key in node.attributes:
                 tensor = ir.Tensor(np.asarray(node.attributes.pop(key).value, np.float32))
-                node.attributes["value"] = ir.AttrTensor("value", _cast_tensor(tensor, counts))
+                node.attributes["value"] = ir.AttrTensor("value", _cast_tensor(tensor, to, counts))
 
 
-def _retype(model: ir.Model, stay: set[ir.Value]) -> None:
-    """Declare fp16 what was declared fp32; a sequence of tensors is left to the runtime to infer."""
+def _values_inside(nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """The fp32 values of the subgraphs of nodes that stay fp32."""
+    inner = [inner for node in nodes for inner in nodes_inside(node)]
+    graphs = [graph for node in (*nodes, *inner) for graph in subgraphs_of(node)]
+    values = [*(v for node in inner for v in node.outputs), *(v for graph in graphs for v in graph.inputs)]
+    return {value for value in values if value.dtype == FLOAT}
+
+
+def _retype(model: ir.Model, stay: set[ir.Value], low: ir.DataType) -> None:
+    """Declare 16 bits what was declared fp32; a sequence of tensors is left to the runtime to infer."""
     values = [value for node in nodes_of(model) for value in node.outputs]
     values += [value for graph in model.graph.subgraphs() for value in graph.inputs]
     for value in values:
         if value.dtype == FLOAT and value not in stay:
-            value.type = ir.TensorType(FLOAT16) if isinstance(value.type, ir.TensorType) else None
+            value.type = ir.TensorType(low) if isinstance(value.type, ir.TensorType) else None
 
 
 class _Casts:
     """Casts put into the graph, one for each value, type and graph that reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ir.Model, to: Precision, counts: dict[str, int], held: Held) -> None:
+        self.model, self.to, self.counts, self.held = model, to, counts, held
         self.made: dict[tuple[ir.Value, ir.DataType, object], ir.Value] = {}
+        self.copies: dict[ir.Value, ir.Value] = {}
 
     def cast(self, value: ir.Value, to: ir.DataType, graph: ir.Graph) -> ir.Value:
         """`value` as `to`, cast where it is made, or at the start of `graph` if that is outside of it."""
@@ -300,30 +342,61 @@ class _Casts:
             self.made[key] = node.outputs[0]
         return self.made[key]
 
+    def low(self, value: ir.Value, graph: ir.Graph) -> ir.Value:
+        """`value`, which is fp32, in 16 bits: cast, or a second time among the weights.
 
-def _connect(node: ir.Node, places: _Places, stay: set[ir.Value], casts: _Casts) -> None:
+        The second for a few numbers that others need in fp32: a Cast would turn a guard into 0, a mask into infinity.
+        """
+        tensor = value.const_value
+        if tensor is None or not is_weight(value) or not _weight_stays(value, self.held):
+            return self.cast(value, DATA_TYPES[self.to], graph)
+        if tensor.size >= _WORTH_A_CAST and peak(value) <= limits(self.to)[0]:
+            return self.cast(value, DATA_TYPES[self.to], graph)
+        if value not in self.copies:
+            array = _cast_tensor(tensor, self.to, self.counts).numpy()
+            assert isinstance(value.graph, ir.Graph)
+            self.copies[value] = add_weight(self.model, value.graph, f"{value.name}_{self.to}", array)
+        return self.copies[value]
+
+
+def _connect(node: ir.Node, places: Places, stay: set[ir.Value], casts: _Casts) -> None:
     """Give every input of `node` the type that it takes."""
     assert isinstance(node.graph, ir.Graph)
     for index, value in enumerate(node.inputs):
         if value is None:
             continue
         if value in stay and index not in places.inputs:
-            node.replace_input_with(index, casts.cast(value, FLOAT16, node.graph))
+            node.replace_input_with(index, casts.low(value, node.graph))
         elif value not in stay and index in places.inputs:
             node.replace_input_with(index, casts.cast(value, FLOAT, node.graph))
 
 
-def _cast_outputs(model: ir.Model, ends: set[ir.Value], stay: set[ir.Value], casts: _Casts) -> None:
-    """fp32 where the model ends, fp16 where a subgraph ends."""
-    for graph in model.graph.subgraphs():
-        for index, value in enumerate(graph.outputs):
-            if value in stay:
-                graph.outputs[index] = casts.cast(value, FLOAT16, graph)
+def _cast_outputs(model: ir.Model, ends: set[ir.Value], stay: set[ir.Value], kept: set[ir.Node], casts: _Casts) -> None:
+    """fp32 where the model ends and where the subgraphs of nodes that stay fp32 end, 16 bits where others do."""
+    low = DATA_TYPES[casts.to]
+    kept = kept | {inner for node in kept for inner in nodes_inside(node)}
+    for node in nodes_of(model):
+        for graph in subgraphs_of(node):
+            for index, value in enumerate(graph.outputs):
+                if node not in kept and value in stay:
+                    graph.outputs[index] = casts.cast(value, low, graph)
+                elif node in kept and value not in stay and value.dtype == low:
+                    graph.outputs[index] = casts.cast(value, FLOAT, graph)
     for index, value in enumerate(model.graph.outputs):
         if value not in ends or value in stay:
             continue
         name = value.name
-        value.name = f"{name}_float16"
+        value.name = f"{name}_{low.name.lower()}"
         result = casts.cast(value, FLOAT, model.graph)
         result.name = name
         model.graph.outputs[index] = result
+
+
+def _without_cpu_kernel(model: ir.Model) -> list[str]:
+    """Types of the operators that read or write bf16 and that ONNX Runtime cannot run in it on the CPU."""
+    found = set()
+    for node in nodes_of(model):
+        values = (*node.inputs, *node.outputs)
+        if any(v is not None and v.dtype == ir.DataType.BFLOAT16 for v in values) and node.op_type not in CPU_BFLOAT16:
+            found.add(node.op_type)
+    return sorted(found)

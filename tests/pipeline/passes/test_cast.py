@@ -13,8 +13,9 @@ from pass_tools import Array, count, model_from, normal, press, reasons, run, sq
 
 from onnxpress.contracts.errors import InputError
 from onnxpress.pipeline.passes.base import run_pass
-from onnxpress.pipeline.passes.cast import CastPass, to_float16
+from onnxpress.pipeline.passes.cast import CastPass
 from onnxpress.pipeline.passes.clean import Clean
+from onnxpress.pipeline.passes.low_precision import round_to
 from onnxpress.pipeline.passes.quantize_dynamic import QuantizeDynamic
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
@@ -320,7 +321,7 @@ HALVES = hnp.arrays(np.float16, st.integers(1, 8), elements=st.floats(width=16))
 @given(array=FLOATS, keep=st.booleans())
 @example(np.float32([65504, 65519.996, 65520, 3.4e38, 1e-45, 2**-25, 2**-24, np.inf, np.nan]), True)
 def test_rounding_to_fp16(array: Array, keep: bool) -> None:
-    result, clamped, raised = to_float16(array, keep_nonzero=keep)
+    result, clamped, raised = round_to(array, "float16", keep_nonzero=keep)
     assert result.dtype == np.float16
     finite = np.isfinite(array)
     assert (np.isfinite(result) == finite).all()
@@ -340,10 +341,14 @@ def test_rounding_to_fp16(array: Array, keep: bool) -> None:
 @settings(max_examples=200, deadline=None)
 @given(HALVES)
 def test_what_fp16_can_say_is_kept_exactly(array: Array) -> None:
-    result, clamped, raised = to_float16(array.astype(np.float32))
+    result, clamped, raised = round_to(array.astype(np.float32), "float16")
     np.testing.assert_array_equal(result, array)
     assert clamped == raised == 0
 
 
 def test_rounding_a_scalar_keeps_its_rank() -> None:
-    assert to_float16(np.float32(1e-9))[0].shape == to_float16(np.asarray(np.float32(9e9)))[0].shape == ()
+    assert (
+        round_to(np.float32(1e-9), "float16")[0].shape
+        == round_to(np.asarray(np.float32(9e9)), "float16")[0].shape
+        == ()
+    )
