@@ -44,7 +44,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Change one key: pa
 GateOption = Annotated[list[str] | None, typer.Option("--gate", help="Condition: 'accuracy_drop <= 0.3'. Repeatable.")]
 Evaluation = Annotated[str | None, typer.Option(help="Data for the task metric: .tsv .csv .jsonl .npz, ...")]
 Calibration = Annotated[str | None, typer.Option(help="Data for passes that need statistics.")]
-Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, ...")]
+Provider = Annotated[str, typer.Option(help="What runs the model: cpu, openvino, cuda, ...")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
 
@@ -91,6 +91,9 @@ def press(
     ] = None,
     gate: GateOption = None,
     set_: Set = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps calibration statistics for the next press on the same data.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -110,6 +113,7 @@ def press(
         calibration=calibration_data,
         evaluation=evaluation_data,
         provider=provider,
+        cache=cache,
         force=force,
         progress=_progress(),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,19 @@ from ..exporters.graph_file import operator_counts, signature_of
 from ..runtime import machine as machine_facts
 from ..runtime import probe as onnx_probe
 from ..runtime.benchmark import Contender, Setting, measure
+from ..runtime.kernels import executed_kernels
 from ..runtime.profiling import by_operator, profile
 from ..runtime.session import Session, require_provider
 from . import gates as gate_rules
 from .bundle import Staging, write_bundle
 from .data import Dataset, load_dataset
 from .evaluate import evaluate, metric_names
-from .inputs import Feeds, benchmark_settings, comparison_cases, golden_cases
+from .inputs import Feeds, benchmark_settings, calibration_batches, comparison_cases, golden_cases
 from .passes.base import PassReport, run_pass
 from .passes.clean import Clean
 from .progress import Progress
 from .recipe import Recipe
+from .statistics import Calibration
 from .validate import Parity, Run, compare, require_export_parity
 from .versions import versions
 
@@ -70,6 +73,7 @@ def press(
     provider: str = "cpu",
     force: bool = False,
     name: str | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Press `source` after `recipe` and write the bundle to `output` if every gate passes.
@@ -79,7 +83,8 @@ def press(
         recipe: What to do; see `load_recipe`.
         output: The bundle's folder. It is replaced as a whole, and only when the new bundle is complete.
         task: A name from `contracts.tasks`; None asks the source.
-        calibration: Data for passes that need statistics; no pass of this version does, and then it is refused.
+        calibration: Data for passes that measure activations; refused when none of the recipe's does.
+        cache: Folder that keeps what was measured for the next press of the same model on the same data.
         evaluation: Data for the task metric and for realistic lengths.
         provider: Execution provider's short name.
         force: Replace a bundle that exists.
@@ -91,11 +96,8 @@ def press(
     """
     say = progress or Progress()
     require_provider(provider)
-    passes, gates = recipe.built_passes(), recipe.parsed_gates()
-    if calibration is not None and not any(p.needs for p in passes):
-        raise InputError(
-            f"recipe {recipe.name} needs no calibration data", next_step="Leave --calibration out, or use --evaluation."
-        )
+    gates = recipe.parsed_gates()
+    _check_calibration(recipe, calibration)
     with Staging(output, force=force) as staging:
         say("export", name or source)
         exported = sources.load(source, task, recipe.export)
@@ -103,6 +105,8 @@ def press(
         gate_rules.check_names(gates, metric_names(exported.task, evaluation))
         run = _Run(exported, recipe, provider, evaluation, staging.scratch, say)
         baseline = run.export_baseline()
+        if calibration is not None:
+            run.calibrate_with(calibration, cache)
         reports = run.apply_passes(staging.variant_path(recipe.file_name))
         manifest = run.measure_all(baseline, staging.variant_path(recipe.file_name))
         manifest["passes"] = [report.to_json() for report in reports]
@@ -118,6 +122,20 @@ def press(
         golden = golden_cases(exported, evaluation)
         write_bundle(staging, manifest, exported, recipe, golden, run.reference, run.candidate, provider)
         return Outcome(manifest, staging.publish())
+
+
+def _check_calibration(recipe: Recipe, calibration: Dataset | None) -> None:
+    """Say before anything is run that calibration data is missing, or of no use."""
+    measuring = [p.name for p in recipe.built_passes() if p.needs]
+    if calibration is not None and not measuring:
+        raise InputError(
+            f"recipe {recipe.name} needs no calibration data", next_step="Leave --calibration out, or use --evaluation."
+        )
+    if calibration is None and measuring:
+        raise InputError(
+            f"recipe {recipe.name} needs calibration data (pass {measuring[0]} measures activations)",
+            next_step="Give --calibration DATA: some hundred typical inputs, labels are not read.",
+        )
 
 
 class _Run:
@@ -141,6 +159,8 @@ class _Run:
         self.parity = Parity()
         self.export_parity = Parity()
         self.reference_bytes = 0
+        self.calibration: Calibration | None = None
+        self.calibration_facts: dict[str, Any] | None = None
 
     def _reference(self) -> Run:
         if self.exported.reference is not None:
@@ -161,6 +181,7 @@ class _Run:
         """Write the exported graph, cleaned and otherwise untouched, and prove that it is the original."""
         file = self.scratch / "baseline.onnx"
         cleaned, _ = run_pass(Clean(), self.exported.model.clone())
+        self.cleaned = cleaned
         written = graph_file.write(cleaned, file)
         original = self.exported.original_file
         self.reference_bytes = graph_file.file_bytes(original) if original else written
@@ -169,12 +190,27 @@ class _Run:
         require_export_parity(self.export_parity, self.recipe.validation.export_tolerance)
         return file
 
+    def calibrate_with(self, data: Dataset, cache: Path | None) -> None:
+        """Tokenize (or stack) the calibration data, for the passes that measure on it."""
+        settings = self.recipe.calibration
+        batches = calibration_batches(self.exported, data, settings)
+        self.calibration = Calibration(
+            batches,
+            threads=self.threads,
+            memory_limit=settings.memory_limit_mib << 20,
+            cache=cache,
+            reference=self.cleaned,
+            progress=self.say,
+        )
+        used = sum(len(next(iter(batch.values()))) for batch in batches)
+        self.calibration_facts = {"name": data.name, "sha256": data.sha256, "examples": used, "batches": len(batches)}
+
     def apply_passes(self, file: Path) -> list[PassReport]:
         """Run the recipe's passes on the exported graph and write the candidate."""
         model, reports = self.exported.model, []
         for settings in self.recipe.built_passes():
             self.say("pass", settings.name)
-            model, report = run_pass(settings, model)
+            model, report = run_pass(settings, model, self.calibration)
             reports.append(report)
         file.parent.mkdir(parents=True, exist_ok=True)
         self.candidate_bytes = graph_file.write(model, file)
@@ -195,6 +231,7 @@ class _Run:
         settings = benchmark_settings(self.exported, self.evaluation, self.recipe.benchmark)
         benchmarks = self._benchmark(settings, baseline, file)
         self.say("profile", "where the time goes")
+        kernels = self._kernels(file)
         nodes = profile(file, settings[-1].feeds[0], provider=self.provider, threads=self.threads)
         ratio = self.reference_bytes / max(1, self.candidate_bytes)
         return {
@@ -214,11 +251,19 @@ class _Run:
                 {"op": t.op, "count": t.nodes, "ms": round(t.ms_per_run, 4), "share": round(t.share, 4)}
                 for t in by_operator(nodes)
             ],
+            "kernels": kernels,
             "nodes": [
                 {"name": t.name, "op": t.op, "ms": round(t.ms_per_run, 4), "share": round(t.share, 4)} for t in nodes
             ],
-            "warnings": [*_unsteady(benchmarks), *self._warnings()],
+            "warnings": [*_unsteady(benchmarks), *self._warnings(kernels)],
         }
+
+    def _kernels(self, file: Path) -> list[dict[str, Any]]:
+        """What the engine made of the file: operator, how many, and whether they compute in integers."""
+        if self.provider not in ("cpu", "openvino"):
+            return []
+        counts = Counter((kernel.op, kernel.integer) for kernel in executed_kernels(file, self.provider, self.threads))
+        return [{"op": op, "count": count, "integer": integer} for (op, integer), count in sorted(counts.items())]
 
     def _facts(self, file: Path) -> dict[str, Any]:
         model, recipe = self.exported.model, self.recipe
@@ -244,7 +289,7 @@ class _Run:
             "operators": operator_counts(model),
             "data": {
                 "evaluation": data and {"name": data.name, "sha256": data.sha256, "examples": len(data)},
-                "calibration": None,
+                "calibration": self.calibration_facts,
             },
         }
 
@@ -300,8 +345,13 @@ class _Run:
     def _source_argument(self) -> str:
         return self.exported.location or self.exported.source.name
 
-    def _warnings(self) -> list[str]:
+    def _warnings(self, kernels: list[dict[str, Any]]) -> list[str]:
         warnings = []
+        rounded = {"QuantizeLinear", "DynamicQuantizeLinear"} & set(operator_counts(self.exported.model))
+        if kernels and rounded and not any(kernel["integer"] for kernel in kernels):
+            warnings.append(
+                f"Activations are rounded to integers, but {self.provider} computes none of it in integers."
+            )
         isa = machine_facts.machine()["isa"]
         quantized = any("Integer" in op for op in operator_counts(self.exported.model))
         if quantized and "avx2" in isa and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(isa):

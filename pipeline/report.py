@@ -30,7 +30,8 @@ from .templates.charts import chart
 
 Json = Mapping[str, Any]
 
-_PROVIDERS = {"cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+_PROVIDERS = {"cuda": "CUDAExecutionProvider"}
+"""For the card's sample; what was measured on OpenVINO's own runtime loads in ONNX Runtime's CPU provider as well."""
 _SETTINGS = {"latency": "One at a time", "throughput": "Batched"}
 
 
@@ -291,9 +292,35 @@ def pass_rows(manifest: Json) -> list[dict[str, Any]]:
         for item in entry.get("left") or []:
             reasons.setdefault(item.get("reason") or "no reason given", []).append(item.get("node") or NONE)
         left = sorted(reasons.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-        details = {key: value for key, value in (entry.get("details") or {}).items() if value not in ({}, [])}
+        # What is said layer by layer is in the manifest (sensitivity has a section of its own)
+        found = (entry.get("details") or {}).items()
+        details = {key: value for key, value in found if value not in ({}, []) and not _nested(value)}
         rows.append({**entry, "details": details, "change": _shrunk(entry), "reasons": left})
     return rows
+
+
+def _nested(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(part, dict) for part in inner)
+
+
+def sensitivity_rows(manifest: Json) -> list[dict[str, Any]]:
+    """Return the layers that were tried one at a time, most fragile first.
+
+    `share` is the bar: 1 for the layer that alone does most harm, 0 for the one that does least, evenly in dB.
+    """
+    found = [
+        row for entry in manifest.get("passes") or [] for row in (entry.get("details") or {}).get("sensitivity") or []
+    ]
+    rows = [
+        {"name": row.get("layer") or NONE, "form": row.get("form") or NONE, "choice": choice, "db": db}
+        for row in found
+        for choice, db in (row.get("alone_db") or {}).items()
+        if db is not None
+    ]
+    rows.sort(key=lambda row: (row["db"], row["name"]))
+    span = rows[-1]["db"] - rows[0]["db"] if rows else 0
+    return [{**row, "share": (rows[-1]["db"] - row["db"]) / span if span else 0} for row in rows]
 
 
 def _shrunk(entry: Json) -> str:
@@ -364,6 +391,7 @@ def render_report(manifest: Json) -> str:
         "metrics": metric_rows(manifest),
         "benchmarks": benchmark_groups(manifest),
         "passes": pass_rows(manifest),
+        "sensitivity": sensitivity_rows(manifest),
     }
     return environment().get_template("report.html.j2").render(view)
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from onnxpress.contracts.errors import ExportError, GateFailed
+from onnxpress.contracts.errors import ExportError, GateFailed, InputError
 from onnxpress.exporters import graph_file, sources
 from onnxpress.pipeline.data import load_dataset
 from onnxpress.pipeline.inputs import HARD_TEXTS
@@ -386,6 +386,65 @@ def test_the_report_and_the_card_are_about_this_model(pressed: tuple[Path, Outco
     report = (folder / "report.html").read_text("utf-8")
     assert "tiny-bert" in report
     assert "text-classification" in (folder / "README.md").read_text("utf-8")
+
+
+# --- with calibration data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_static_recipe_measures_on_the_calibration_data(net: Path, arrays: Path, tmp_path: Path) -> None:
+    data, lines = load_dataset(str(arrays)), []
+
+    class Recorder(Progress):
+        def __call__(self, stage: str, detail: str = "") -> None:
+            lines.append(stage)
+
+    recipe = quick_recipe("int8-static", **{"calibration.batch": 5})
+    outcome = press(str(net), recipe, tmp_path / "out", calibration=data, cache=tmp_path / "cache", progress=Recorder())
+    manifest = _checked(tmp_path / "out")
+    assert "onnx/model_quantized.onnx" in manifest.files
+    assert 2 < manifest.size.ratio < 4
+    assert manifest.operators["QuantizeLinear"] == 1
+    assert manifest.operators["DequantizeLinear"] >= 2
+    facts = outcome.manifest["data"]["calibration"]
+    assert facts == {"name": "dev.npz", "sha256": data.sha256, "examples": 32, "batches": 7}
+    (report,) = [entry for entry in outcome.manifest["passes"] if entry["pass"] == "quantize_static"]
+    assert report["details"]["multiply_adds_percent"] == pytest.approx(100 * 8192 / 9216, abs=0.01)
+    assert "fewer than 4096 elements" in report["left"][0]["reason"]
+    assert "calibrate" in lines
+    assert list((tmp_path / "cache").iterdir())
+    lines.clear()
+    again = press(str(net), recipe, tmp_path / "again", calibration=data, cache=tmp_path / "cache", progress=Recorder())
+    assert "calibrate" not in lines, "the second press of the same model and data measures nothing"
+    assert again.accepted
+    assert _model_bytes(tmp_path / "again") == _model_bytes(tmp_path / "out")
+
+
+def test_calibration_data_that_is_missing_is_asked_for_before_anything_is_exported(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "load", lambda *_: pytest.fail("exported"))
+    with pytest.raises(InputError, match="recipe int8-static needs calibration data") as caught:
+        press(str(net), quick_recipe("int8-static"), tmp_path / "out")
+    assert "--calibration DATA" in caught.value.next_step
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_data_that_does_not_fit_leaves_nothing_behind(net: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", z=np.zeros((4, 64), np.float32))
+    with pytest.raises(InputError, match=r"other\.npz has no array for input 'x'"):
+        press(
+            str(net),
+            quick_recipe("int8-static"),
+            tmp_path / "out",
+            calibration=load_dataset(str(tmp_path / "other.npz")),
+        )
+    np.savez(tmp_path / "nan.npz", x=np.full((4, 64), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"'x' \(made by input x\) is NaN on calibration batch 1"):
+        press(
+            str(net), quick_recipe("int8-static"), tmp_path / "out", calibration=load_dataset(str(tmp_path / "nan.npz"))
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan.npz", "other.npz"]
 
 
 # --- what is wrong is refused -----------------------------------------------------------------------------------------

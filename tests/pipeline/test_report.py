@@ -406,3 +406,28 @@ def test_card_pads_for_a_fixed_length(manifest: dict[str, Any]) -> None:
     source = python_of(render_card(manifest))
     for line in ("enable_padding(length=128)", "enable_truncation(128)", "np.array([text.ids] * 4, np.int64)"):
         assert line in source
+
+
+def test_fragile_layers_are_shown_most_fragile_first(manifest: dict[str, Any]) -> None:
+    layers = [("encoder.0", 41.5, "int8-static"), ("encoder.1", 12.25, "float"), ("head", 80.0, "int8-static")]
+    manifest["passes"][-1]["details"]["sensitivity"] = [
+        {"layer": name, "node": name, "form": form, "alone_db": {"int8-static": db}} for name, db, form in layers
+    ]
+    page = words(render_report(manifest))
+    section = page[page.index("Each layer was tried alone") :]
+    assert section.index("encoder.1") < section.index("encoder.0") < section.index("head")
+    assert "12.2 dB" in section
+    assert "sensitivity: " not in page, "not among the details of its pass as well"
+
+
+def test_without_a_sensitivity_run_there_is_no_such_section(manifest: dict[str, Any]) -> None:
+    assert "Fragile layers" not in render_report(manifest)
+
+
+def test_integer_kernels_are_named(manifest: dict[str, Any]) -> None:
+    manifest["kernels"] = [
+        {"op": "com.microsoft.MatMulIntegerToFloat", "count": 36, "integer": True},
+        {"op": "Softmax", "count": 6, "integer": False},
+    ]
+    page = words(render_report(manifest))
+    assert "In integers it computes 36 × com.microsoft.MatMulIntegerToFloat." in page
