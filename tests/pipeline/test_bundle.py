@@ -148,7 +148,12 @@ def pressing(net: Path, bundle: Path) -> Iterator[Callable[[], subprocess.Popen[
 
     def start() -> subprocess.Popen[str]:
         words = ["press", str(net), *ENDLESS, "--force", "-o", str(bundle)]
-        process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # What a shell starts in the background ignores interrupts, and so would all that it starts
+        heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finally:
+            signal.signal(signal.SIGINT, heard)
         running.append(process)
         assert process.stderr is not None
         for line in process.stderr:
