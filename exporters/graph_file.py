@@ -7,12 +7,14 @@ folder. Writing goes to a temporary name first, so that no half-written file is 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -24,6 +26,29 @@ EXTERNAL_DATA_FROM = 1_800_000_000
 
 MINIMUM_OPSET = 13
 """Older graphs are upgraded when read: per-axis quantization and Shape/Squeeze with tensors start there."""
+
+
+class SparseTensor(ir.Tensor[np.ndarray]):
+    """A weight of the main graph that `write` stores as a sparse initializer: what is not zero, and where.
+
+    Here it is dense, as ONNX Runtime makes it when a session is created; only `nbytes` is that of the file. A place
+    takes 8 bytes: ONNX's specification and checker want int64 (ONNX Runtime would read smaller integers as well).
+    """
+
+    @property
+    def nbytes(self) -> int:
+        return sparse_bytes(len(nonzero_places(self.numpy())), self.dtype.itemsize)
+
+
+def sparse_bytes(nonzeros: int, itemsize: float) -> int:
+    """Bytes of a sparse initializer."""
+    return nonzeros * (8 + int(itemsize))
+
+
+def nonzero_places(array: np.ndarray) -> np.ndarray:
+    """int64, ascending: where a flat array is not the zero of all zero bits (minus zero is not)."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return np.flatnonzero(flat.view(f"u{flat.dtype.itemsize}"))
 
 
 def read(path: Path) -> ir.Model:
@@ -39,7 +64,7 @@ def read(path: Path) -> ir.Model:
         raise InputError(f"no such file: {path.name}", next_step="Check the path.")
     again = "Export or download the file again."
     try:
-        model = ir.load(path)
+        model, sparse = _load(path)
         graph_nodes = len(model.graph)
     except (Exception, RecursionError) as error:
         raise InputError(f"{path.name} is not a readable ONNX file ({_first_line(error)})", next_step=again) from error
@@ -51,6 +76,7 @@ def read(path: Path) -> ir.Model:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:
         raise InputError(f"{path.name} is not valid ONNX: {_first_line(error)}", next_step=again) from error
+    _give_data(model, sparse, path.name)
     return at_least(model, MINIMUM_OPSET, path.name)
 
 
@@ -60,15 +86,20 @@ def write(model: ir.Model, path: Path) -> int:
     The bytes depend on the model alone. Returns the number of bytes written over all files.
     """
     large = weight_bytes(model) >= EXTERNAL_DATA_FROM
+    sparse = _sparse_tensors(model)
     # Both files under their final names, which one of them holds, but in a folder of their own until they are complete
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's files must not be moved into place with ours
         partial.mkdir()
+        for name in sparse:  # they keep their place among the initializers, without data
+            model.graph.initializers[name].const_value = ir.Tensor(np.zeros(0, np.float32), name=name)
         if large:
             ir.save(model, partial / path.name, external_data=path.name + "_data")
         else:
             ir.save(_in_memory(model), partial / path.name)
+        if sparse:
+            _write_sparse(sparse, partial / path.name)
         written = sum(file.stat().st_size for file in partial.iterdir())
         for file in sorted(partial.iterdir(), reverse=True):  # the data first: the graph is what is looked for
             os.replace(file, path.with_name(file.name))
@@ -76,6 +107,8 @@ def write(model: ir.Model, path: Path) -> int:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path.name}: {reason}", next_step="Free some space or choose -o.") from error
     finally:
+        for name, tensor in sparse.items():
+            model.graph.initializers[name].const_value = tensor
         shutil.rmtree(partial, ignore_errors=True)
     return written
 
@@ -102,7 +135,7 @@ def at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
 
 def file_bytes(path: Path) -> int:
     """Size of an `.onnx` file together with its external data, in bytes."""
-    model = ir.load(path)
+    model, _ = _load(path)
     names = {os.fspath(tensor.location) for tensor in _external_tensors(model)}
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
 
@@ -145,6 +178,60 @@ def _dtype_name(dtype: ir.DataType) -> str:
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
     for graph in (model.graph, *model.graph.subgraphs()):
         yield from graph.initializers.values()
+
+
+def _sparse_tensors(model: ir.Model) -> dict[str, SparseTensor]:
+    """Those to write sparsely; none where they would not fit into one file."""
+    found = {k: v.const_value for k, v in model.graph.initializers.items() if isinstance(v.const_value, SparseTensor)}
+    return found if sum(tensor.nbytes for tensor in found.values()) < EXTERNAL_DATA_FROM else {}
+
+
+def _write_sparse(tensors: Mapping[str, SparseTensor], file: Path) -> None:
+    """Turn the named initializers of a file into sparse ones: `onnx_ir` cannot say it."""
+    proto = onnx.load(file, load_external_data=False)
+    for part in (proto.graph.initializer, proto.graph.value_info):
+        for index in reversed([i for i, entry in enumerate(part) if entry.name in tensors]):
+            del part[index]
+    for name, tensor in tensors.items():
+        places = nonzero_places(tensor.numpy())
+        values = onnx.numpy_helper.from_array(tensor.numpy().reshape(-1)[places], name)
+        indices = onnx.numpy_helper.from_array(places, f"{name}_indices")
+        proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, tensor.shape.numpy()))
+    onnx.save(proto, file)
+
+
+def _load(path: Path) -> tuple[ir.Model, list[onnx.SparseTensorProto]]:
+    """Parse a file. Sparse initializers, which `onnx_ir` passes over, become initializers that are still empty."""
+    proto = onnx.load(os.fspath(path), load_external_data=False)
+    sparse = list(proto.graph.sparse_initializer)
+    for entry in sparse:
+        proto.graph.initializer.add(name=entry.values.name, data_type=entry.values.data_type, dims=[0])
+    model: ir.Model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model, sparse
+
+
+def _give_data(model: ir.Model, sparse: list[onnx.SparseTensorProto], file: str) -> None:
+    """Fill in the sparse initializers of a file that ONNX's checker has accepted.
+
+    Raises:
+        InputError: One claims a size that no dense tensor of a file could have, or lies in external data.
+    """
+    for entry in sparse:
+        size, tensors = math.prod(entry.dims), (entry.values, entry.indices)
+        if size * 8 > 1 << 34 or any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors):
+            raise InputError(
+                f"{file}: the sparse weight '{entry.values.name}' is too large, or lies in a file of its own",
+                next_step="Store it as a dense tensor.",
+            )
+        kept, places = map(onnx.numpy_helper.to_array, tensors)
+        if places.ndim == 2:
+            places = np.ravel_multi_index(tuple(places.T), tuple(entry.dims))
+        dense = np.zeros(size, kept.dtype)
+        dense[places] = kept
+        value = model.graph.initializers[entry.values.name]
+        value.const_value = SparseTensor(dense.reshape(tuple(entry.dims)), name=value.name)
+        value.shape, value.type = ir.Shape(entry.dims), ir.TensorType(value.const_value.dtype)
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -15,10 +15,11 @@ from ..quantization.blocks import Grid, Rounded, round_blocks
 from ..quantization.codes import pack, unpack
 from ..quantization.gptq import Feedback, feedback_of, output_error, round_gptq
 from ..quantization.hqq import round_hqq
-from ..statistics import Calibration, Wanted
+from ..statistics import Calibration
 from .base import Plan
 from .folding import find_fold
 from .graph import label, producer
+from .layer_inputs import LayerInputs, inputs_of
 from .matrix_weights import WeightUse
 from .weight_only_nodes import Form
 
@@ -86,7 +87,7 @@ class Rounding:
                 self._round_plain(layer, plan, None)
         if calibration is None:
             return
-        for inputs in _inputs_of(model, measured, calibration, channels=self.method == "awq"):
+        for inputs in inputs_of(model, measured, calibration, channels=self.method == "awq"):
             if inputs.gram is None:
                 for layer in inputs.layers:
                     layer.fallback = inputs.missing
@@ -121,7 +122,7 @@ class Rounding:
         layer.outcome["weight_sqnr_db"] = _db(float(np.square(matrix, dtype=np.float64).sum()), off)
         keep(plan, layer.key, rounded)
 
-    def _round_gptq(self, inputs: _Inputs, plan: Plan) -> None:
+    def _round_gptq(self, inputs: LayerInputs[Layer], plan: Plan) -> None:
         assert inputs.gram is not None
         feedback = feedback_of(inputs.gram, damping=self.damping, act_order=self.act_order)
         gram = inputs.gram.astype(np.float32)
@@ -154,7 +155,7 @@ class Rounding:
             "channels_kept_rtn": int(worse.sum()),
         }
 
-    def _scale(self, model: ir.Model, inputs: _Inputs, plan: Plan) -> None:
+    def _scale(self, model: ir.Model, inputs: LayerInputs[Layer], plan: Plan) -> None:
         """AWQ's scale for one input, and what its layers need to be rounded later."""
         assert inputs.gram is not None
         assert inputs.mean_abs is not None
@@ -210,52 +211,6 @@ def _why_not_scaled(layer: Layer) -> str | None:
     if any(node.graph is not layer.inputs[0].graph for node in layer.products):
         return "the product is inside a subgraph"
     return None
-
-
-@dataclass
-class _Inputs:
-    """The activations that some layers are multiplied by, and their Gram matrix, summed where they are several."""
-
-    values: tuple[ir.Value, ...]
-    layers: list[Layer] = field(default_factory=list)
-    waiting: set[str] = field(default_factory=set)
-    gram: np.ndarray | None = None
-    rows: int = 0
-    mean_abs: np.ndarray | None = None
-    missing: str | None = None
-
-
-def _inputs_of(
-    model: ir.Model, layers: Sequence[Layer], calibration: Calibration, *, channels: bool
-) -> Iterator[_Inputs]:
-    """Measure the layers' inputs, as many at a time as fit, and hand each out once, with all layers that read it."""
-    jobs: dict[tuple[ir.Value, ...], _Inputs] = {}
-    for layer in layers:
-        job = jobs.setdefault(layer.inputs, _Inputs(layer.inputs, waiting={str(v.name) for v in layer.inputs}))
-        job.layers.append(layer)
-    readers: dict[str, list[_Inputs]] = {}
-    for job in jobs.values():
-        for name in sorted(job.waiting):
-            readers.setdefault(name, []).append(job)
-    for group in calibration.gram_groups(model, readers):
-        found = calibration.collect(model, Wanted(grams=group, channels=dict.fromkeys(group, -1) if channels else {}))
-        for name in group:
-            gram = found.grams.pop(name, None)
-            for job in readers[name]:
-                job.waiting.discard(name)
-                if gram is None or job.missing:
-                    job.missing = job.missing or f"its input is {found.missing.get(name, 'always masked')}"
-                elif job.gram is None:
-                    job.gram = gram.matrix
-                else:
-                    job.gram = job.gram + gram.matrix
-                job.rows += 0 if gram is None else gram.rows
-                if name in found.channels:
-                    job.mean_abs = found.channels[name].mean_abs
-                if not job.waiting:
-                    job.gram = None if job.missing else job.gram
-                    yield job
-                    job.gram = None  # let go
 
 
 def _output_error(rounded: Rounded, matrix: np.ndarray, gram: np.ndarray) -> np.ndarray:

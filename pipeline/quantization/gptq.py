@@ -13,6 +13,7 @@ Reference: Frantar et al., "GPTQ" (arXiv 2210.17323), 3.3; act-order and static 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +35,15 @@ class Feedback:
         order: int [K]: in which order the channels are rounded.
         importance: float64 [K], the diagonal of the damped H, in the order of the matrix.
         damping: The share of the mean diagonal that was added.
+        pivots: float64 [K], the diagonal of the factor before the division, in `order`, times some constant; infinite
+            for a channel that is always zero.
     """
 
     factor: np.ndarray
     order: np.ndarray
     importance: np.ndarray
     damping: float
+    pivots: np.ndarray
 
 
 def feedback_of(gram: np.ndarray, *, damping: float = 0.01, act_order: bool = False) -> Feedback | None:
@@ -68,13 +72,14 @@ def feedback_of(gram: np.ndarray, *, damping: float = 0.01, act_order: bool = Fa
         np.fill_diagonal(hessian, np.where(exact == 0, 1.0, exact + damping))
         factor = _normalized_factor(hessian)
         if factor is not None:
-            return Feedback(factor, order, diagonal + damping * mean, damping)
+            pivots = np.where(exact[::-1] == 0, np.inf, factor[1])
+            return Feedback(factor[0], order, diagonal + damping * mean, damping, pivots)
         damping = max(10 * damping, 1e-4)
     return None
 
 
-def _normalized_factor(hessian: np.ndarray) -> np.ndarray | None:
-    """U with H^-1 = U^T U, upper, its rows divided by its diagonal; None where H is not positive definite.
+def _normalized_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """U with H^-1 = U^T U, upper, its rows divided by its diagonal, and that; None where H is not positive definite.
 
     H^-1 is never formed: with the channels in reverse, H = L L^T, and U is L^-1 turned around again.
 
@@ -85,9 +90,10 @@ def _normalized_factor(hessian: np.ndarray) -> np.ndarray | None:
         _invert_cholesky(hessian)
     except np.linalg.LinAlgError:
         return None
-    hessian /= np.diag(hessian)[:, None].copy()
+    pivots = np.diag(hessian).copy()
+    hessian /= pivots[:, None]
     factor = np.ascontiguousarray(hessian[::-1, ::-1], np.float32)
-    return factor if np.isfinite(factor).all() else None
+    return (factor, pivots[::-1]) if np.isfinite(factor).all() else None
 
 
 def _invert_cholesky(matrix: np.ndarray) -> None:
@@ -152,18 +158,14 @@ class _Piece:
 
     def run(self, *, clip_search: bool, choose: bool, block: int) -> None:
         """Round all channels; `choose`: take the scale of a group from what its weights have become."""
-        factor, weights, size = self.feedback.factor, self.weights, len(self.weights)
+
+        def fix(i: int) -> np.ndarray:
+            if choose and i % self.length == 0:
+                self._choose(i, clip_search)
+            return self._round(i)
+
         # A group's weights have to be up to date when its scale is chosen: no group may go beyond its block
-        block = -(-block // self.length) * self.length if choose else block
-        for start in range(0, size, block):
-            end = min(start + block, size)
-            errors = np.empty((end - start, weights.shape[1]), np.float32)
-            for i in range(start, end):
-                if choose and i % self.length == 0:
-                    self._choose(i, clip_search)
-                errors[i - start] = self._round(i)
-                weights[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
-            weights[end:] -= factor[start:end, end:].T @ errors
+        feed_back(self.weights, self.feedback, fix, -(-block // self.length) * self.length if choose else block)
 
     def _round(self, i: int) -> np.ndarray:
         """Fix the i-th channel in order; returns by how much it is off, [N]."""
@@ -180,6 +182,25 @@ class _Piece:
         group = np.ascontiguousarray(self.weights[part].T)
         scale, zero = find_scales(group, self.grid, clip_search=clip_search, importance=importance)
         self.scales[i // self.length], self.zeros[i // self.length] = scale[:, 0], zero[:, 0]
+
+
+def feed_back(weights: np.ndarray, feedback: Feedback, fix: Callable[[int], np.ndarray], block: int) -> None:
+    """Fix input channel by input channel, and pass on to those that are still to come by how much each is off.
+
+    Args:
+        weights: float32 [K, N], the channels in the order of `feedback`; changed in place.
+        feedback: Of their input.
+        fix: Decides the i-th channel, and returns what it was minus what it is now, [N].
+        block: Channels after which all that come later are updated, in one product (lazy batch updates).
+    """
+    factor, size = feedback.factor, len(weights)
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        errors = np.empty((end - start, weights.shape[1]), np.float32)
+        for i in range(start, end):
+            errors[i - start] = fix(i)
+            weights[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
+        weights[end:] -= factor[start:end, end:].T @ errors
 
 
 def output_error(difference: np.ndarray, gram: np.ndarray) -> np.ndarray:
