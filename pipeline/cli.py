@@ -46,6 +46,8 @@ Evaluation = Annotated[str | None, typer.Option(help="Data for the task metric: 
 Calibration = Annotated[str | None, typer.Option(help="Data for passes that need statistics.")]
 Provider = Annotated[str, typer.Option(help="What runs the model: cpu, openvino, cuda, ...")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; one a physical core if absent.", show_default=False)]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
 
 
@@ -128,7 +130,7 @@ def export(
     task: Task = None,
     recipe: RecipeOption = "fp32",
     set_: Set = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: ForceFile = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -218,6 +220,55 @@ def verify(
     _print(
         shown, as_json, f"{bundle}: {result.files_checked} files unchanged, {result.samples_run} golden samples agree"
     )
+
+
+@app.command(epilog="Example: onnxpress pack model.onnx; writes model.onnx.pack, which Session loads as it is")
+def pack(
+    model: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file to write; MODEL.pack if absent.")
+    ] = None,
+    codec: Annotated[str, typer.Option(help="auto, zstd, huffman, lzw (an extra) or raw.")] = "auto",
+    level: Annotated[int, typer.Option(help="Effort of zstandard.", min=1, max=22)] = 19,
+    threads: Threads = None,
+    force: ForceFile = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Pack an .onnx file and its external data losslessly into one file."""
+    from ..runtime.packing import pack as run
+
+    file = model
+    if model.is_dir():
+        from .verbs import model_file
+
+        file = model_file(model)
+    # Beside a bundle, not inside: it would no longer verify
+    beside = model.resolve() if model.is_dir() else model
+    report = run(
+        file, output or beside.with_name(f"{beside.name}.pack"), codec=codec, level=level, threads=threads, force=force
+    )
+    _print(report.to_json(), as_json, report.summary())
+
+
+@app.command(epilog="Example: onnxpress unpack model.onnx.pack -o model.onnx")
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="What `onnxpress pack` wrote.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The .onnx file; under its old name if absent.")
+    ] = None,
+    threads: Threads = None,
+    force: ForceFile = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Restore a packed model, byte for byte, with its external data beside it."""
+    from ..runtime.packing import unpack as run
+
+    files = run(packed, output, threads=threads, force=force)
+    sizes = {str(file): file.stat().st_size for file in files}
+    told = [f"{name}: {size:,} bytes, as they were" for name, size in sizes.items()]
+    _print({"files": sizes}, as_json, "\n".join(told))
 
 
 @app.command(epilog="Example: onnxpress recipes int8-dynamic > my-recipe.yaml")

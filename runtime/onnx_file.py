@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The signature and the nodes of an `.onnx` file, read without any ONNX library and without touching a weight.
+"""What is in an `.onnx` file, read without any ONNX library and without touching a weight: the signature, the nodes,
+and where the values of tensors lie.
 
 OpenVINO forgets the names of dynamic axes and drops inputs that nothing uses, and ONNX Runtime shows its optimized
 graph only as a file; the runtime imports no ONNX library. Field numbers are those of onnx.proto3
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..contracts.errors import InputError
 from ..contracts.signature import Dim, Signature, TensorSpec
@@ -20,6 +22,7 @@ from ..contracts.signature import Dim, Signature, TensorSpec
 Buffer = bytes | mmap.mmap
 Span = tuple[int, int]
 """Where the bytes of a nested message, string or tensor begin and end."""
+Parsed = TypeVar("Parsed")
 
 _DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
@@ -45,6 +48,23 @@ class FileNode:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """Where the values of a tensor lie, as little-endian bytes.
+
+    Attributes:
+        dtype: numpy's name of the element type, or onnx's where numpy has none.
+        start: Offset of the first byte.
+        length: In bytes; None reaches to the end of the file.
+        location: The external data file, relative to the model's folder; empty: the model's own file.
+    """
+
+    dtype: str
+    start: int
+    length: int | None
+    location: str = ""
+
+
+@dataclass(frozen=True)
 class OnnxFile:
     """What was read.
 
@@ -65,24 +85,43 @@ def read_onnx(model: str | Path | bytes) -> OnnxFile:
     Raises:
         InputError: It is no ONNX model.
     """
+    return _read(model, _model)
+
+
+def stored_tensors(model: str | Path | bytes) -> list[StoredTensor]:
+    """Find the values of all initializers and constants, those of subgraphs and functions included.
+
+    Values that protobuf stores as numbers of varying length, and strings, are left out.
+
+    Raises:
+        InputError: It is no ONNX model.
+    """
+    return _read(model, _all_tensors)
+
+
+def _read(model: str | Path | bytes, parse: Callable[[Buffer], Parsed]) -> Parsed:
     try:
         if isinstance(model, bytes):
-            return _model(model)
+            return parse(model)
         with (
             Path(model).open("rb") as file,
             contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as mapped,
         ):
-            return _model(mapped)
-    except (IndexError, ValueError, TypeError) as error:  # cut off, or other bytes altogether
+            return parse(mapped)
+    except (IndexError, ValueError, TypeError, RecursionError) as error:  # cut off, or other bytes altogether
         label = "the model" if isinstance(model, bytes) else Path(model).name
         raise InputError(f"{label} cannot be loaded: it is no ONNX model") from error
 
 
-def _model(data: Buffer) -> OnnxFile:
+def _graph(data: Buffer) -> Span:
     graphs = [value for number, value in _fields(data, (0, len(data))) if number == 7]
     if not graphs:
         raise ValueError("no graph")
-    graph = _span(graphs[-1])
+    return _span(graphs[-1])
+
+
+def _model(data: Buffer) -> OnnxFile:
+    graph = _graph(data)
     weights: set[str] = set()
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
@@ -97,6 +136,54 @@ def _model(data: Buffer) -> OnnxFile:
             (inputs if number == 11 else outputs).append(spec[0])
     signature = Signature(tuple(spec for spec in inputs if spec.name not in weights), tuple(outputs))
     return OnnxFile(signature, frozenset(unshaped), tuple(_nodes(data, graph)))
+
+
+_TENSORS_IN = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 10: "tensor", 6: "graph", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""Message -> the fields through which tensors are reached, and the messages that lie there."""
+
+
+def _all_tensors(data: Buffer) -> list[StoredTensor]:
+    _graph(data)
+    return list(_tensors(data, (0, len(data)), "model"))
+
+
+def _tensors(data: Buffer, span: Span, kind: str) -> Iterator[StoredTensor]:
+    if kind == "tensor":
+        yield from _stored(data, span)
+        return
+    inside = _TENSORS_IN[kind]
+    for number, value in _fields(data, span):
+        if number in inside:
+            yield from _tensors(data, _span(value), inside[number])
+
+
+def _stored(data: Buffer, span: Span) -> Iterator[StoredTensor]:
+    """The values of one TensorProto: raw, packed floats or doubles, or in another file."""
+    dtype, external, entries = "unknown", False, dict[str, str]()
+    values: list[tuple[str, Span]] = []
+    for number, value in _fields(data, span):
+        if number == 2 and isinstance(value, int):
+            dtype = _DTYPES.get(value, f"type {value}")
+        elif number in (4, 9, 10):
+            values.append(({4: "float32", 9: "", 10: "float64"}[number], _span(value)))
+        elif number == 13:
+            entries[_text(data, value, 1)] = _text(data, value, 2)
+        elif number == 14:
+            external = value == 1
+    if external:
+        if not entries.get("location"):
+            raise ValueError("external data that lies nowhere")
+        length = int(entries["length"]) if "length" in entries else None
+        yield StoredTensor(dtype, int(entries.get("offset") or 0), length, entries["location"])
+    else:
+        yield from (StoredTensor(kind or dtype, start, end - start) for kind, (start, end) in values)
 
 
 def _nodes(data: Buffer, graph: Span) -> Iterator[FileNode]:

@@ -50,6 +50,7 @@ class OnnxRuntimeEngine:
         full_name: ONNX Runtime's name of it.
         threads: Threads that one operator may use.
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
+        external: Name of an external data file -> its bytes, uint8 [size], where the model is bytes too.
 
     Raises:
         InputError: It is no ONNX model, or ONNX Runtime cannot run it.
@@ -57,9 +58,16 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(
-        self, model: str | Path | bytes, *, provider: str, full_name: str, threads: int, profile_to: Path | None
+        self,
+        model: str | Path | bytes,
+        *,
+        provider: str,
+        full_name: str,
+        threads: int,
+        profile_to: Path | None,
+        external: Mapping[str, Array] | None = None,
     ) -> None:
-        self.session, self.load_ms = _load(model, provider, full_name, threads, profile_to)
+        self.session, self.load_ms = _load(model, provider, full_name, threads, profile_to, external or {})
         self.threads = threads
         self.signature = Signature(
             tuple(_spec(node) for node in self.session.get_inputs()),
@@ -130,7 +138,12 @@ class _DeviceRun:
 
 
 def _load(
-    model: str | Path | bytes, provider: str, full_name: str, threads: int, profile_to: Path | None
+    model: str | Path | bytes,
+    provider: str,
+    full_name: str,
+    threads: int,
+    profile_to: Path | None,
+    external: Mapping[str, Array],
 ) -> tuple[Any, float]:
     """Return an `onnxruntime.InferenceSession` on the provider, and the milliseconds that creating it took."""
     ort = onnxruntime()
@@ -138,6 +151,9 @@ def _load(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it could not find; the check below says it
             ort.preload_dlls()  # CUDA and cuDNN from pip's nvidia packages, when torch did not bring them
     options = _options(ort, threads, profile_to)
+    if external:
+        names, arrays = list(external), list(external.values())
+        options.add_external_initializers_from_files_in_memory(names, arrays, [array.size for array in arrays])
     chain = dict.fromkeys([full_name, *([_CUDA] if full_name == _TENSORRT else []), _CPU])
     start = time.perf_counter()
     try:

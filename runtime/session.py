@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .engine import Array as Array
 from .engine import Engine
 from .machine import default_threads
 from .onnxruntime_engine import OnnxRuntimeEngine, onnxruntime
+from .packing.reader import is_packed, unpack_to_memory
 
 OPENVINO = "openvino"
 
@@ -91,7 +93,8 @@ class Session:
     """One model, loaded once, run many times.
 
     Args:
-        model: Path of an `.onnx` file (its external data is found beside it), or the bytes of one.
+        model: Path of an `.onnx` file (its external data is found beside it) or of a packed one (`runtime.packing`),
+            which is unpacked in memory, or the bytes of an `.onnx` file.
         provider: A key of `PROVIDERS`.
         threads: Threads that one operator may use; by default one a usable physical core.
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
@@ -118,8 +121,8 @@ class Session:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be 1 or more, not {threads}")
         self.provider = provider
-        self._engine = _engine(model, provider, threads or default_threads(), profile_to)
-        self.threads, self.load_ms = self._engine.threads, self._engine.load_ms
+        self._engine, unpacking_ms = _engine(model, provider, threads or default_threads(), profile_to)
+        self.threads, self.load_ms = self._engine.threads, self._engine.load_ms + unpacking_ms
         self.signature = self._engine.signature
         self._inputs = {spec.name: spec for spec in self.signature.inputs}
         self._outputs = [spec.name for spec in self.signature.outputs]
@@ -168,14 +171,27 @@ class Session:
                 raise InputError(f"input '{name}' is {got}: the model wants {_wanted(spec)}")
 
 
-def _engine(model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None) -> Engine:
-    """Load the model into the engine that the provider belongs to."""
+def _engine(model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None) -> tuple[Engine, float]:
+    """Load the model into the engine that the provider belongs to; return it and the milliseconds of unpacking."""
     full_name = require_provider(provider)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise InputError(f"there is no model file {model}")
+    started, external = time.perf_counter(), dict[str, Array]()
+    if not isinstance(model, bytes) and is_packed(model):
+        unpacked = unpack_to_memory(model, threads=threads)
+        if unpacked.external and provider == OPENVINO:
+            raise InputError(
+                f"OpenVINO takes no external data from memory, and {Path(model).name} holds some",
+                next_step=f"Unpack it first: onnxpress unpack {Path(model).name}",
+            )
+        model, external = unpacked.model.tobytes(), unpacked.external
+    unpacking_ms = (time.perf_counter() - started) * 1e3
     if provider == OPENVINO:
-        return openvino_engine.OpenVinoEngine(model, threads=threads, profile_to=profile_to)
-    return OnnxRuntimeEngine(model, provider=provider, full_name=full_name, threads=threads, profile_to=profile_to)
+        return openvino_engine.OpenVinoEngine(model, threads=threads, profile_to=profile_to), unpacking_ms
+    engine = OnnxRuntimeEngine(
+        model, provider=provider, full_name=full_name, threads=threads, profile_to=profile_to, external=external
+    )
+    return engine, unpacking_ms
 
 
 def _fits(array: Array, spec: TensorSpec) -> bool:

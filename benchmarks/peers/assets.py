@@ -14,6 +14,13 @@ _WHAT = {
     "squeezenet_v1.0/derived": "SqueezeNet 1.0 with torchvision's keys",
     "data_imagenet_sample": "200 photos, one a class, named after the synset",
     "minilm-sst2": "all-MiniLM-L6-v2 fine-tuned on SST-2, a transformers folder",
+    "rxnmapper_albert": "RXNMapper's ALBERT, a transformers folder",
+    "stories260K": "stories260K of llama2.c, with a transformers folder derived from it",
+    "silero_vad": "Silero VAD, TorchScript and .onnx",
+    "magika_onnx": "Magika's file type classifier, .onnx",
+    "fastestdet": "FastestDet, with its .onnx",
+    "ultralight_face/models/onnx": "Ultra-Light-Fast-Generic-Face-Detector-1MB, .onnx",
+    "onnx_zoo": "small .onnx files of ONNX Runtime's examples",
     "data_sst2": "SST-2: train.tsv and dev.tsv, sentence TAB label",
 }
 

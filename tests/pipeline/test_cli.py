@@ -23,7 +23,9 @@ from onnxpress.pipeline.recipe import built_in
 from .conftest import Run
 from .samples import FAST
 
-VERBS = ("demo", "press", "export", "validate", "benchmark", "inspect", "verify", "recipes", "doctor")
+VERBS = (
+    "demo", "press", "export", "validate", "benchmark", "inspect", "verify", "pack", "unpack", "recipes", "doctor",
+)  # fmt: skip
 VERSION = metadata.version("onnxpress")
 Kept = Callable[[], None]
 
