@@ -13,6 +13,7 @@ from ..exporters.exported import ExportedModel
 from . import metrics
 from .data import Dataset, labels_to_ids, labels_to_scores
 from .inputs import dataset_texts, fixed_batch, stack
+from .token_identity import CutVocabulary
 from .validate import Run
 
 
@@ -32,20 +33,40 @@ def metric_names(exported_task: str, data: Dataset | None) -> list[str]:
     return agreement
 
 
-def evaluate(exported: ExportedModel, data: Dataset, reference: Run, candidate: Run, batch: int) -> dict[str, Any]:
+def evaluate(
+    exported: ExportedModel,
+    data: Dataset,
+    reference: Run,
+    candidate: Run,
+    batch: int,
+    cut: CutVocabulary | None = None,
+) -> dict[str, Any]:
     """Return {metric: {reference, candidate, drop}}; accuracy and F1 in percent, `drop` in points.
+
+    Args:
+        exported: What the reference reads the data through.
+        data: Texts or arrays.
+        reference: The original.
+        candidate: What it became.
+        batch: Examples a batch.
+        cut: What the candidate reads the data through, where its vocabulary was cut.
 
     Raises:
         InputError: The data does not fit the task.
     """
+    pressed = exported if cut is None else cut.pressed
     if exported.task == "token-classification" and data.kind == "words":
-        return _entities(exported, data, reference, candidate, batch)
+        return _entities(exported, data, reference, candidate, batch, pressed)
     ours, theirs = [], []
-    batches, order = _batches(exported, data, batch)
     scores = exported.task == "question-answering"
-    for feeds in batches:
+    if scores and cut is not None:
+        # Answers are positions among the tokens, so both sides have to read the same ones
+        exported, reference = pressed, cut.renumbering.reading_new_ids(reference)
+    batches, order = _batches(exported, data, batch)
+    other = batches if pressed is exported else _batches(pressed, data, batch)[0]
+    for feeds, its_feeds in zip(batches, other, strict=True):
         ours.append(_rows(reference(feeds), feeds, token_scores=scores))
-        theirs.append(_rows(candidate(feeds), feeds, token_scores=scores))
+        theirs.append(_rows(candidate(its_feeds), its_feeds, token_scores=scores))
     wanted, got = _joined(ours)[order], _joined(theirs)[order]
     labelled = data.examples[0].label is not None
     if exported.task == "feature-extraction":
@@ -135,10 +156,10 @@ def _embedding_metrics(data: Dataset, labelled: bool, wanted: np.ndarray, got: n
 
 
 def _entities(
-    exported: ExportedModel, data: Dataset, reference: Run, candidate: Run, batch: int
+    exported: ExportedModel, data: Dataset, reference: Run, candidate: Run, batch: int, pressed: ExportedModel
 ) -> dict[str, dict[str, float | None]]:
     """Entity-level F1: the tag of a word is that of its first token, as in the usual training scripts."""
-    if exported.tokenize is None or exported.id2label is None:
+    if exported.tokenize is None or pressed.tokenize is None or exported.id2label is None:
         raise InputError(
             f"{exported.source.name} has no tokenizer or no labels", next_step="Copy tokenizer.json and config.json."
         )
@@ -147,19 +168,27 @@ def _entities(
     same = total = 0
     for start in range(0, len(data), batch):
         words = [list(example.words or ()) for example in data.examples[start : start + batch]]
-        feeds, firsts = exported.tokenize.words(words)
-        picked = [np.argmax(next(iter(run(feeds).values())), axis=-1) for run in (reference, candidate)]
-        for row, positions in enumerate(firsts):
-            for side, found in zip(tags, picked, strict=True):
-                names = [exported.id2label[int(found[row, p])] if p is not None else "O" for p in positions]
-                side.append(names)
-            used = [p for p in positions if p is not None]
-            same += int((picked[0][row, used] == picked[1][row, used]).sum())
-            total += len(used)
+        wanted, got = (
+            _word_classes(run, *reads.words(words))
+            for run, reads in ((reference, exported.tokenize), (candidate, pressed.tokenize))
+        )
+        for side, found in zip(tags, (wanted, got), strict=True):
+            side += [["O" if n is None else exported.id2label[n] for n in numbers] for numbers in found]
+        pairs = [
+            pair for a, b in zip(wanted, got, strict=True) for pair in zip(a, b, strict=True) if pair[0] is not None
+        ]
+        same += sum(a == b for a, b in pairs)
+        total += len(pairs)
     return {
         "f1": _row(metrics.entity_f1(tags[0], gold), metrics.entity_f1(tags[1], gold)),
         "top1_agreement_with_reference": _row(100.0, 100.0 * same / max(total, 1)),
     }
+
+
+def _word_classes(run: Run, feeds: dict[str, np.ndarray], firsts: list[list[int | None]]) -> list[list[int | None]]:
+    """The class of each word: that of its first token; None where the word was cut off."""
+    classes = np.argmax(next(iter(run(feeds).values())), axis=-1)
+    return [[None if p is None else int(classes[row, p]) for p in positions] for row, positions in enumerate(firsts)]
 
 
 def _row(reference: float, candidate: float) -> dict[str, float | None]:

@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from ..contracts.errors import InputError
 from ..contracts.tasks import FEATURES
 from ..exporters import graph_file, sources
 from ..exporters.exported import ExportedModel
 from ..exporters.graph_file import operator_counts, signature_of
+from ..exporters.vocabulary_cut import cut_exported
 from ..runtime import machine as machine_facts
 from ..runtime import probe as onnx_probe
 from ..runtime.benchmark import Contender, Setting, measure
@@ -28,11 +31,13 @@ from .bundle import Staging, write_bundle
 from .data import Dataset, load_dataset
 from .evaluate import evaluate, metric_names
 from .inputs import Feeds, benchmark_settings, calibration_batches, comparison_cases, golden_cases
-from .passes.base import PassReport, run_pass
+from .passes.base import Pass, PassReport, run_pass
 from .passes.clean import Clean
 from .progress import Progress
 from .recipe import Recipe
+from .renumbering import Renumbering
 from .statistics import Calibration
+from .token_identity import CutVocabulary, vocabulary_facts, vocabulary_warning
 from .validate import Parity, Run, compare, require_export_parity
 from .versions import versions
 
@@ -119,8 +124,8 @@ def press(
         if not accepted:
             return Outcome(manifest, None)
         say("bundle", str(output))
-        golden = golden_cases(exported, evaluation)
-        write_bundle(staging, manifest, exported, recipe, golden, run.reference, run.candidate, provider)
+        golden = golden_cases(run.pressed, evaluation)
+        write_bundle(staging, manifest, run.pressed, recipe, golden, run.reference, run.candidate, provider)
         return Outcome(manifest, staging.publish())
 
 
@@ -139,7 +144,11 @@ def _check_calibration(recipe: Recipe, calibration: Dataset | None) -> None:
 
 
 class _Run:
-    """One press in progress: the sessions that are open and what was measured so far."""
+    """One press in progress: the sessions that are open and what was measured so far.
+
+    `exported` and `original` are the source and its tokenizer. Where a pass cuts the vocabulary, the candidate is fed
+    through `pressed`, and `reference` is the original on the same tokens, under their new ids (see `renumbering`).
+    """
 
     def __init__(
         self,
@@ -154,13 +163,21 @@ class _Run:
         self.evaluation, self.scratch, self.say = evaluation, scratch, say
         self.threads = recipe.benchmark.threads or machine_facts.default_threads()
         self.cases = comparison_cases(exported, evaluation)
-        self.reference: Run = self._reference()
-        self.candidate: Run = self.reference
+        self.original: Run = self._reference()
+        self.reference = self.candidate = self.original
+        self.cut: CutVocabulary | None = None
+        self.vocabulary: dict[str, Any] | None = None
         self.parity = Parity()
         self.export_parity = Parity()
         self.reference_bytes = 0
         self.calibration: Calibration | None = None
+        self.calibration_data: Dataset | None = None
         self.calibration_facts: dict[str, Any] | None = None
+
+    @property
+    def pressed(self) -> ExportedModel:
+        """The model as the candidate's consumers read it."""
+        return self.exported if self.cut is None else self.cut.pressed
 
     def _reference(self) -> Run:
         if self.exported.reference is not None:
@@ -192,18 +209,26 @@ class _Run:
 
     def calibrate_with(self, data: Dataset, cache: Path | None) -> None:
         """Tokenize (or stack) the calibration data, for the passes that measure on it."""
+        self.calibration_data, self.cache = data, cache
+        batches = self._calibrate(self.cleaned)
+        used = sum(len(next(iter(batch.values()))) for batch in batches)
+        self.calibration_facts = {"name": data.name, "sha256": data.sha256, "examples": used, "batches": len(batches)}
+
+    def _calibrate(self, reference: ir.Model | None) -> Sequence[Feeds]:
+        """Feed the calibration data through the tokenizer that the candidate has by now; returns its batches."""
+        assert self.calibration_data is not None
         settings = self.recipe.calibration
-        batches = calibration_batches(self.exported, data, settings)
+        batches = calibration_batches(self.pressed, self.calibration_data, settings)
         self.calibration = Calibration(
             batches,
             threads=self.threads,
             memory_limit=settings.memory_limit_mib << 20,
-            cache=cache,
-            reference=self.cleaned,
+            cache=self.cache,
+            reference=reference,
+            processor_files=self.pressed.processor_files,
             progress=self.say,
         )
-        used = sum(len(next(iter(batch.values()))) for batch in batches)
-        self.calibration_facts = {"name": data.name, "sha256": data.sha256, "examples": used, "batches": len(batches)}
+        return batches
 
     def apply_passes(self, file: Path) -> list[PassReport]:
         """Run the recipe's passes on the exported graph and write the candidate."""
@@ -212,10 +237,31 @@ class _Run:
             self.say("pass", settings.name)
             model, report = run_pass(settings, model, self.calibration)
             reports.append(report)
+            if report.renumbering is not None:
+                self._renumber(settings, report.renumbering)
         file.parent.mkdir(parents=True, exist_ok=True)
         self.candidate_bytes = graph_file.write(model, file)
         self.exported.model = model
         return reports
+
+    def _renumber(self, settings: Pass, cut: Renumbering) -> None:
+        """A pass cut the vocabulary: cut the tokenizer, and let everything that follows count in new ids."""
+        assert self.calibration is not None
+        folder = self.scratch / f"processor-{len(cut.kept)}"
+        pressed = cut_exported(self.pressed, cut.kept.tolist(), folder)
+        self.cut = CutVocabulary(pressed, cut if self.cut is None else self.cut.renumbering.then(cut))
+        data = {"calibration": self.calibration_data, "evaluation": self.evaluation}
+        self.vocabulary = vocabulary_facts(self.exported, self.cut, data)
+        self.original = cut.with_cut_outputs(self.original)
+        self.reference = self.cut.renumbering.reading_new_ids(self.original)
+        self.cases = comparison_cases(self.pressed, self.evaluation)
+        # The graph before rounding, for passes that compare with it, has to take the new ids as well
+        unrounded = self.calibration.reference
+        if unrounded is not None:
+            again = settings.model_copy(update={"optional": True})
+            unrounded, report = run_pass(again, unrounded.clone(), self.calibration)
+            unrounded = unrounded if report.changed else None
+        self._calibrate(unrounded)
 
     def measure_all(self, baseline: Path, file: Path) -> dict[str, Any]:
         """Parity, task metrics, benchmark and profile of the candidate, as the manifest has them."""
@@ -227,8 +273,8 @@ class _Run:
         if self.evaluation is not None:
             self.say("evaluate", f"{len(self.evaluation)} examples of {self.evaluation.name}")
             batch = self.recipe.validation.batch
-            metrics = evaluate(self.exported, self.evaluation, self.reference, self.candidate, batch)
-        settings = benchmark_settings(self.exported, self.evaluation, self.recipe.benchmark)
+            metrics = evaluate(self.exported, self.evaluation, self.original, self.candidate, batch, self.cut)
+        settings = benchmark_settings(self.pressed, self.evaluation, self.recipe.benchmark)
         benchmarks = self._benchmark(settings, baseline, file)
         self.say("profile", "where the time goes")
         kernels = self._kernels(file)
@@ -287,6 +333,7 @@ class _Run:
             "signature": signature_of(model).to_json(),
             "opsets": dict(model.opset_imports),
             "operators": operator_counts(model),
+            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
             "data": {
                 "evaluation": data and {"name": data.name, "sha256": data.sha256, "examples": len(data)},
                 "calibration": self.calibration_facts,
@@ -346,7 +393,7 @@ class _Run:
         return self.exported.location or self.exported.source.name
 
     def _warnings(self, kernels: list[dict[str, Any]]) -> list[str]:
-        warnings = []
+        warnings = vocabulary_warning(self.vocabulary)
         rounded = {"QuantizeLinear", "DynamicQuantizeLinear"} & set(operator_counts(self.exported.model))
         if kernels and rounded and not any(kernel["integer"] for kernel in kernels):
             warnings.append(

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ...contracts.errors import InputError, OnnxpressError, did_you_mean
 from ...exporters.graph_file import weight_bytes
+from ..renumbering import Renumbering
 from ..statistics import Calibration
 from .graph import nodes_of
 
@@ -51,6 +52,7 @@ class Plan:
         left: Nodes that stay as they are, and why.
         details: Counts for the report.
         arrays: What the actions refer to and is no JSON: scales, rounded weights.
+        renumbering: What token ids mean afterwards; None where they mean what they did.
     """
 
     seen: int = 0
@@ -58,11 +60,15 @@ class Plan:
     left: list[Left] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    renumbering: Renumbering | None = None
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """The effect of one pass, for the manifest; bytes are those of the weights, nodes include subgraphs."""
+    """The effect of one pass, for the manifest; bytes are those of the weights, nodes include subgraphs.
+
+    `renumbering` is not for the manifest: what runs after the pass has to follow it (see `Plan`).
+    """
 
     name: str
     seen: int
@@ -74,11 +80,12 @@ class PassReport:
     nodes_after: int
     seconds: float
     details: dict[str, Any]
+    renumbering: Renumbering | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "pass": self.name,
-            **{k: v for k, v in vars(self).items() if k not in ("name", "left", "seconds")},
+            **{k: v for k, v in vars(self).items() if k not in ("name", "left", "seconds", "renumbering")},
             "left": [left.to_json() for left in self.left],
             "seconds": round(self.seconds, 3),
         }
@@ -183,6 +190,7 @@ def run_pass(settings: Pass, model: ir.Model, calibration: Calibration | None = 
         nodes_after=_node_count(model),
         seconds=time.perf_counter() - started,
         details=plan.details,
+        renumbering=plan.renumbering,
     )
 
 

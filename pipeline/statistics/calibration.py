@@ -48,6 +48,7 @@ class Calibration:
         memory_limit: Bytes that fetched values or Gram matrices may take at a time.
         cache: Folder for finished (and, after an interruption, half finished) statistics; None keeps nothing.
         reference: The graph before anything was rounded, for passes that compare with it.
+        processor_files: Name to file of what lies beside the model, for passes that have to fit the tokenizer.
         progress: Told which batch is running.
 
     Raises:
@@ -64,6 +65,7 @@ class Calibration:
         memory_limit: int = 1 << 30,
         cache: Path | None = None,
         reference: ir.Model | None = None,
+        processor_files: Mapping[str, Path] | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not batches:
@@ -71,9 +73,15 @@ class Calibration:
         self.batches, self.mask = batches, mask
         self.provider, self.threads, self.memory_limit = provider, threads, memory_limit
         self.cache, self.reference = cache, reference
+        self.processor_files = dict(processor_files or {})
         self._say = progress or Progress()
         self._padded = any(self._has_padding(batch) for batch in batches)
         self._data_digest = b""
+
+    @property
+    def progress(self) -> Progress:
+        """Whom to tell what is being measured."""
+        return self._say
 
     def sample(self, count: int) -> Calibration:
         """The same, on at most `count` of the batches, evenly spaced."""
@@ -86,6 +94,7 @@ class Calibration:
             memory_limit=self.memory_limit,
             cache=self.cache,
             reference=self.reference,
+            processor_files=self.processor_files,
             progress=self._say,
         )
 
