@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from ...contracts.errors import InputError
 from ..statistics import Calibration
 from ..structure import KINDS, Group, analyze
-from ..structure.budget import Level, choose, level_sizes, savings
+from ..structure.budget import Level, choose, level_sizes, work_of
 from ..structure.groups import weight_of
 from ..structure.pruner import Done, Importance, Pruner
 from ..structure.timing import speed_up
@@ -133,14 +133,16 @@ class PruneStructured(Pass):
             return {group.name: self._nearest(group, self.ratio) for group in groups}
         ways = pruner.ways(groups, self.multiple, self.minimum)
         unit = "bytes" if self.bytes is not None else "multiply_adds"
-        saving = savings(pruner.model, groups, unit, calibration)
+        work = work_of(pruner.model, groups, unit, calibration)
+        saving = {group.name: work.of_a_unit(group) for group in groups}
         levels = pruner.levels(ways, saving, self.multiple, self.minimum, at_outputs=self.at_outputs)
         if self.latency is None:
             wanted = self.bytes if self.bytes is not None else self.multiply_adds
             assert wanted is not None
-            counts = choose(levels, wanted)
+            counts = work.choose(levels, wanted)
             if counts is None:
-                raise _too_much(f"{wanted:.0%} of the {unit.replace('_', '-')}", levels)
+                most = work.saved({name: many[-1].removed for name, many in levels.items()})
+                raise _too_much(f"{wanted:.0%} of the {unit.replace('_', '-')}", f"cutting all it may saves {most:.0%}")
             return counts
         assert calibration is not None
         return self._by_latency(pruner, levels, calibration, plan)
@@ -166,7 +168,7 @@ class PruneStructured(Pass):
             if faster >= self.latency:
                 best, high = counts, wanted
             elif attempt == 0:
-                raise _too_much(f"{self.latency} x faster (the smallest form is {faster:.2f} x)", levels)
+                raise _too_much(f"time enough for {self.latency} x", f"the smallest form is {faster:.2f} x faster")
             else:
                 low = wanted
         assert best is not None
@@ -248,10 +250,9 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else float(f"{number:.4g}")
 
 
-def _too_much(what: str, levels: dict[str, list[Level]]) -> InputError:
-    most = sum(level[-1].saving for level in levels.values())
+def _too_much(what: str, most: str) -> InputError:
     return InputError(
-        f"prune_structured cannot save {what}: cutting all it may saves {most:.0%}",
+        f"prune_structured cannot save {what}: {most}",
         next_step="Ask for less, allow more kinds, or lower `minimum`.",
     )
 

@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 
 from ..cost import multiply_adds, values_to_measure
-from ..passes.graph import consumers
 from ..statistics import Calibration
 from .groups import Group
 
@@ -69,19 +68,17 @@ def choose(levels: Mapping[str, Sequence[Level]], wanted: float) -> dict[str, in
             shift = int(level.saving / unit + 1e-6)
             target = np.minimum(np.arange(_GRID + 1) + shift, _GRID)
             cost = best + level.error
-            for cell in (_GRID,):
-                reach = target == cell
-                low = cost[reach].min(initial=np.inf)
-                if low < new[cell]:
-                    new[cell], which[cell] = low, number
+            top = cost[target == _GRID].min(initial=np.inf)
+            if top < new[_GRID]:
+                new[_GRID], which[_GRID] = top, number
             inside = target < _GRID
             cells = target[inside]
             better = cost[inside] < new[cells]
             new[cells[better]], which[cells[better]] = cost[inside][better], number
         taken.append((best, which))
         best = new
-    if not np.isfinite(best[_GRID]):
-        return None
+    if not np.isfinite(best[_GRID]):  # everything is wanted, and rounding down stands in the way
+        return {name: max(many, key=lambda level: level.saving).removed for name, many in levels.items()}
     return _backtrack(list(levels.items()), taken, unit)
 
 
@@ -101,8 +98,59 @@ def _backtrack(
     return {name: found[name] for name, _ in groups}
 
 
-def savings(model: ir.Model, groups: Sequence[Group], unit: str, calibration: Calibration | None) -> dict[str, float]:
-    """What one unit of each group saves, as a share of the whole model.
+@dataclass(frozen=True)
+class Work:
+    """What the weights of a graph cost, and what is saved when groups lose units.
+
+    Attributes:
+        worth: Of each weight: multiply-adds of the products that read it, or its bytes.
+        sizes: Lengths of each weight's axes.
+        groups: By name.
+    """
+
+    worth: dict[str, float]
+    sizes: dict[str, tuple[int, ...]]
+    groups: dict[str, Group]
+
+    def saved(self, removed: Mapping[str, int]) -> float:
+        """Share of the whole that is saved, exactly: a weight that loses rows and columns loses less than both."""
+        left: dict[str, dict[int, float]] = {}
+        for name, count in removed.items():
+            for cut in self.groups[name].cuts:
+                if cut.tensor in self.worth:
+                    axes = left.setdefault(cut.tensor, {})
+                    lost = count * cut.positions.shape[1] / self.sizes[cut.tensor][cut.axis]
+                    axes[cut.axis] = axes.get(cut.axis, 1.0) - lost
+        total = sum(self.worth.values())
+        now = sum(value * float(np.prod(list(left.get(n, {}).values()))) for n, value in self.worth.items())
+        return 1 - now / max(total, 1e-30)
+
+    def of_a_unit(self, group: Group) -> float:
+        """What the first unit of a group saves."""
+        return self.saved({group.name: 1})
+
+    def choose(self, levels: Mapping[str, Sequence[Level]], wanted: float) -> dict[str, int] | None:
+        """`choose`, asked for more until what is really saved reaches `wanted`; None if it cannot."""
+        most = {name: max(many, key=lambda level: level.saving).removed for name, many in levels.items()}
+        if self.saved(most) < wanted:
+            return None
+        low, high = wanted, sum(max(level.saving for level in many) for many in levels.values())
+        found = choose(levels, min(low, high))
+        if found is not None and self.saved(found) >= wanted:
+            return found
+        best = most
+        for _ in range(12):
+            middle = (low + high) / 2
+            found = choose(levels, middle)
+            if found is not None and self.saved(found) >= wanted:
+                best, high = found, middle
+            else:
+                low = middle
+        return best
+
+
+def work_of(model: ir.Model, groups: Sequence[Group], unit: str, calibration: Calibration | None) -> Work:
+    """What there is to save.
 
     Args:
         model: The graph.
@@ -111,28 +159,17 @@ def savings(model: ir.Model, groups: Sequence[Group], unit: str, calibration: Ca
             or `bytes` of the weights.
         calibration: Data.
     """
-    weights = {
-        str(value.name): value for value in model.graph.initializers.values() if value.const_value is not None
-    }
+    tensors = {str(v.name): v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
+    sizes = {name: tuple(int(n) for n in tensor.shape.numpy()) for name, tensor in tensors.items()}
     worth: dict[str, float] = {}
     if unit == "bytes":
-        worth = {name: float(value.const_value.nbytes) for name, value in weights.items() if value.const_value}
-    elif calibration is not None:
-        macs = multiply_adds(model, calibration.shapes(model, values_to_measure(model)))
-        for name, value in weights.items():
-            worth[name] = float(sum(macs.get(node, 0) for node in consumers(value)))
-        total = float(sum(macs.values()))
+        worth = {name: float(tensor.nbytes) for name, tensor in tensors.items()}
+    elif calibration is None:
+        worth = {name: float(tensor.size) for name, tensor in tensors.items() if len(sizes[name]) > 1}
     else:
-        worth = {n: float(v.const_value.size) for n, v in weights.items() if v.const_value and v.const_value.size > 1}
-    if unit == "bytes" or calibration is None:
-        total = sum(worth.values())
-    found = {}
-    for group in groups:
-        amount = 0.0
-        for cut in group.cuts:
-            value = weights.get(cut.tensor)
-            if value is not None and value.const_value is not None:
-                size = int(value.const_value.shape.numpy()[cut.axis])
-                amount += worth.get(cut.tensor, 0.0) * cut.positions.shape[1] / size
-        found[group.name] = amount / max(total, 1.0)
-    return found
+        for node, count in multiply_adds(model, calibration.shapes(model, values_to_measure(model))).items():
+            names = [str(factor.name) for factor in node.inputs[:2] if factor is not None]
+            # Products of two activations are part of the whole, under a name that no group cuts
+            weight = next((name for name in names if name in tensors), f"{names[0]} x {names[-1]}")
+            worth[weight] = worth.get(weight, 0.0) + count
+    return Work(worth, sizes, {group.name: group for group in groups})

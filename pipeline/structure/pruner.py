@@ -203,9 +203,8 @@ class Pruner:
     def _carry_out(
         self, model: ir.Model, group: Group, removed: np.ndarray, matrices: dict[str, np.ndarray]
     ) -> list[str]:
-        """Zeros for the units that go, and repaired weights, in a graph of the same names."""
-        structure = self.structure if model is self.model else analyze(model, open_caches=self.open_caches)
-        for name, array in masked_weights(structure, {group.name: removed.tolist()}).items():
+        """Zeros for the units that go, and repaired weights, in the graph or in a copy of it."""
+        for name, array in masked_weights(self.structure, {group.name: removed.tolist()}).items():
             _store(model, name, array)
         refitted = []
         for consumer in consumers_of(model, group):

@@ -122,6 +122,7 @@ class _State:
         self._rows = layer.rows
         self._place = np.arange(size)  # where each original row is now
         self._live = np.arange(size)  # which original rows there still are
+        self._dead = np.zeros(size, bool)
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """What losing each unit alone would cost, float64 [units]."""
@@ -142,12 +143,18 @@ class _State:
         cost = float(np.einsum("bn,bn->", lost, answer[:, : lost.shape[1]]))
         self._weight -= columns @ answer[:, : lost.shape[1]]
         self._inverse -= columns @ answer[:, lost.shape[1] :]
-        stay = np.setdiff1d(np.arange(len(self._live)), rows)
-        self._weight, self._inverse = self._weight[stay], self._inverse[np.ix_(stay, stay)]
-        self._live = self._live[stay]
+        self._weight[rows] = 0
+        self._dead[rows] = True
+        if 5 * np.count_nonzero(self._dead) > len(self._dead):  # rows that are gone are zero: dropping them is for speed
+            self._shrink()
+        return max(cost, 0.0)
+
+    def _shrink(self) -> None:
+        stay = np.flatnonzero(~self._dead)
+        self._weight, self._inverse = self._weight[stay], np.ascontiguousarray(self._inverse[np.ix_(stay, stay)])
+        self._live, self._dead = self._live[stay], np.zeros(len(stay), bool)
         self._place[:] = -1
         self._place[self._live] = np.arange(len(self._live))
-        return max(cost, 0.0)
 
     def weights(self) -> np.ndarray:
         full = np.zeros(self._shape)
