@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from markdown import environment, interval, table, write_section
 from peers.environments import Environments
-from peers.subjects import SUBJECTS, Feeds, Subject, source_of
+from peers.subjects import SUBJECTS, Feeds, Subject, by_shape, joined, source_of
 
 from onnxpress.exporters import graph_file, sources
 from onnxpress.pipeline.passes.base import run_pass
@@ -177,18 +177,6 @@ class Pruning:
         for index, row in enumerate(rows):
             row.timed = [measured[index + 1] for measured in by_setting]
         return [measured[0] for measured in by_setting]
-
-
-def by_shape(samples: Sequence[Feeds]) -> list[list[int]]:
-    """Indices of samples that can be run together without padding."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, feeds in enumerate(samples):
-        groups.setdefault(tuple(array.shape[1:] for array in feeds.values()), []).append(index)
-    return [group[i : i + 16] for group in groups.values() for i in range(0, len(group), 16)]
-
-
-def joined(samples: Sequence[Feeds], indices: Sequence[int]) -> Feeds:
-    return {name: np.concatenate([samples[i][name] for i in indices]) for name in samples[indices[0]]}
 
 
 def cells(measured: Sequence[Measurement]) -> list[str]:

@@ -136,6 +136,18 @@ def source_of(subject: Subject) -> str:
     return subject.source if isinstance(subject.source, str) else subject.source()
 
 
+def by_shape(samples: Sequence[Feeds]) -> list[list[int]]:
+    """Indices of samples that can be run together without padding."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, feeds in enumerate(samples):
+        groups.setdefault(tuple(array.shape[1:] for array in feeds.values()), []).append(index)
+    return [group[i : i + 16] for group in groups.values() for i in range(0, len(group), 16)]
+
+
+def joined(samples: Sequence[Feeds], indices: Sequence[int]) -> Feeds:
+    return {name: np.concatenate([samples[i][name] for i in indices]) for name in samples[indices[0]]}
+
+
 def write_samples(samples: Sequence[Feeds], file: Path) -> Path:
     """Samples as `3/input_ids`, for the peers."""
     np.savez(file, **{f"{i}/{name}": array for i, feeds in enumerate(samples) for name, array in feeds.items()})

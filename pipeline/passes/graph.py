@@ -130,6 +130,18 @@ def make_node(
     return node
 
 
+class NewNodes:
+    """New nodes, in order, named after what they are for."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op: str, inputs: Sequence[ir.Value | None], part: str, **attributes: Any) -> ir.Value:
+        self.nodes.append(make_node(op, inputs, [f"{self.prefix}_{part}"], attributes=attributes))
+        return self.nodes[-1].outputs[0]
+
+
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let every reader of `old`, the graph's outputs included, read `new`, which takes over its name if it must."""
     if old.is_graph_output():

@@ -15,6 +15,7 @@ pruning framework for transformers" (arXiv 2204.09656) for refitting by least sq
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +26,7 @@ from pydantic import Field, model_validator
 from ...contracts.errors import InputError
 from ..statistics import Calibration
 from ..structure import KINDS, Group, analyze
-from ..structure.budget import Level, choose, level_sizes, work_of
+from ..structure.budget import Level, Work, choose, level_sizes, work_of
 from ..structure.groups import weight_of
 from ..structure.pruner import Done, Importance, Pruner
 from ..structure.timing import speed_up
@@ -34,6 +35,19 @@ from .graph import constant
 from .linear_layers import Layer, add_to_bias, find_layers
 
 _DEFAULT_KINDS = ("neurons", "heads", "channels", "recurrent")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is to choose from.
+
+    Attributes:
+        levels: By group: units that could go, with the error and the saving.
+        work: What is saved together.
+    """
+
+    levels: dict[str, list[Level]]
+    work: Work
 
 
 @register("prune_structured")
@@ -89,10 +103,31 @@ class PruneStructured(Pass):
         measures = self.repair or self.importance != "magnitude" or self.latency is not None
         return ("grams", "channels") if measures else ()
 
-    def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
-        plan, working = Plan(), model.clone()
-        pruner = Pruner(
-            working,
+    def plan(self, model: ir.Model, calibration: Calibration | None = None, survey: Survey | None = None) -> Plan:
+        plan = Plan()
+        pruner = self._pruner(model, calibration)
+        groups = self._groups(pruner, plan)
+        if not groups:
+            return plan
+        if self.ratio is not None:
+            counts = {group.name: self._nearest(group, self.ratio) for group in groups}
+        else:
+            counts = self._counts(pruner, survey or self._survey(pruner, groups), calibration, plan)
+        done = pruner.prune(counts)
+        self._record(model, pruner.model, done, plan)
+        return plan
+
+    def survey(self, model: ir.Model, calibration: Calibration | None = None) -> Survey:
+        """What each group would cost and save at each size: the slow part, which does not depend on how much is asked.
+
+        `plan` makes one if it is given none; for several budgets of one kind on one model, make it once.
+        """
+        pruner = self._pruner(model, calibration)
+        return self._survey(pruner, self._groups(pruner, Plan()))
+
+    def _pruner(self, model: ir.Model, calibration: Calibration | None) -> Pruner:
+        return Pruner(
+            model.clone(),
             calibration,
             importance=self.importance,
             repair=self.repair,
@@ -101,13 +136,6 @@ class PruneStructured(Pass):
             progress=calibration.progress if calibration is not None else None,
             open_caches=self.open_caches,
         )
-        groups = self._groups(pruner, plan)
-        if not groups:
-            return plan
-        counts = self._counts(pruner, groups, calibration, plan)
-        done = pruner.prune(counts)
-        self._record(model, working, done, plan)
-        return plan
 
     def _groups(self, pruner: Pruner, plan: Plan) -> list[Group]:
         """What may be cut; everything else is left, with its reason."""
@@ -125,27 +153,29 @@ class PruneStructured(Pass):
             plan.left.append(Left(stays.name, f"{stays.reason}{where}"))
         return chosen
 
-    def _counts(
-        self, pruner: Pruner, groups: list[Group], calibration: Calibration | None, plan: Plan
-    ) -> dict[str, int]:
-        """Units to take from each group."""
-        if self.ratio is not None:
-            return {group.name: self._nearest(group, self.ratio) for group in groups}
+    def _survey(self, pruner: Pruner, groups: list[Group]) -> Survey:
         ways = pruner.ways(groups, self.multiple, self.minimum)
         unit = "bytes" if self.bytes is not None else "multiply_adds"
-        work = work_of(pruner.model, groups, unit, calibration)
+        work = work_of(pruner.model, groups, unit, pruner.calibration)
         saving = {group.name: work.of_a_unit(group) for group in groups}
         levels = pruner.levels(ways, saving, self.multiple, self.minimum, at_outputs=self.at_outputs)
-        if self.latency is None:
-            wanted = self.bytes if self.bytes is not None else self.multiply_adds
-            assert wanted is not None
-            counts = work.choose(levels, wanted)
-            if counts is None:
-                most = work.saved({name: many[-1].removed for name, many in levels.items()})
-                raise _too_much(f"{wanted:.0%} of the {unit.replace('_', '-')}", f"cutting all it may saves {most:.0%}")
-            return counts
-        assert calibration is not None
-        return self._by_latency(pruner, levels, calibration, plan)
+        return Survey(levels, work)
+
+    def _counts(self, pruner: Pruner, survey: Survey, calibration: Calibration | None, plan: Plan) -> dict[str, int]:
+        """Units to take from each group."""
+        levels, work = survey.levels, survey.work
+        if self.latency is not None:
+            assert calibration is not None
+            return self._by_latency(pruner, levels, calibration, plan)
+        wanted = self.bytes if self.bytes is not None else self.multiply_adds
+        assert wanted is not None
+        counts = work.choose(levels, wanted)
+        if counts is None:
+            most = work.saved({name: many[-1].removed for name, many in levels.items()})
+            unit = "bytes" if self.bytes is not None else "multiply-adds"
+            raise _too_much(f"{wanted:.0%} of the {unit}", f"cutting all it may saves {most:.0%}")
+        plan.details["saved_percent"] = round(100 * work.saved(counts), 1)
+        return counts
 
     def _nearest(self, group: Group, ratio: float) -> int:
         sizes = level_sizes(group.size, self.multiple, self.minimum)

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from ..quantization.blocks import Grid, Rounded
 from ..quantization.codes import WIDTHS, Bits, Width, pack, pack_plane
-from .graph import MICROSOFT, add_weight, constant, is_op, make_node, replace_node
+from .graph import MICROSOFT, NewNodes, add_weight, constant, is_op, make_node, replace_node
 from .matrix_weights import WeightUse, drop_dead_transposes
 
 Form = Literal["matmul_nbits", "qdq", "unpack"]
@@ -95,18 +95,6 @@ def write_weight(
     return computed
 
 
-class _Nodes:
-    """New nodes, in order, named after what they are for."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op: str, inputs: Sequence[ir.Value | None], part: str, **attributes: Any) -> ir.Value:
-        self.nodes.append(make_node(op, inputs, [f"{self.prefix}_{part}"], attributes=attributes))
-        return self.nodes[-1].outputs[0]
-
-
 class _Writer:
     """Writes one weight. Initializers are made when the first reader needs them, and shared."""
 
@@ -135,7 +123,7 @@ class _Writer:
             self.made[part] = add_weight(self.model, self.home, f"{self.name}_{part}", array)
         return self.made[part]
 
-    def first(self, new: _Nodes, value: ir.Value, size: int, wanted: int) -> ir.Value:
+    def first(self, new: NewNodes, value: ir.Value, size: int, wanted: int) -> ir.Value:
         """The first `wanted` of `size` columns."""
         if size == wanted:
             return value
@@ -223,7 +211,7 @@ class _NativeWriter(_Writer):
         inputs = [self._bytes(), node.inputs[1], scale, *zero]
         rows = make_node("GatherBlockQuantized", inputs, [f"{name}_rows"], domain=MICROSOFT, attributes=attributes)
         rows.name = self.name
-        new = _Nodes(name)
+        new = NewNodes(name)
         self.first(new, rows.outputs[0], box.codes.shape[1], self.columns)
         replace_node(node, [rows, *new.nodes])
 
@@ -291,7 +279,7 @@ class _UnpackWriter(_Writer):
         self.finish_product(node, [product])
 
     def rows(self, node: ir.Node) -> None:
-        new, indices = _Nodes(str(node.outputs[0].name)), node.inputs[1]
+        new, indices = NewNodes(str(node.outputs[0].name)), node.inputs[1]
         shape = new.add("Shape", [indices], "shape")
 
         def picked(value: ir.Value) -> ir.Value:
@@ -307,7 +295,7 @@ class _UnpackWriter(_Writer):
     def _matrix(self) -> ir.Value:
         """The weight as [in, out], unpacked once in front of its graph."""
         if "matrix" not in self.made:
-            new = _Nodes(self.name)
+            new = NewNodes(self.name)
 
             def target(*sizes: int) -> ir.Value:
                 shape = (self.outputs, *sizes)
@@ -319,7 +307,7 @@ class _UnpackWriter(_Writer):
         return self.made["matrix"]
 
     def _unpacked(
-        self, new: _Nodes, picked: Callable[[ir.Value], ir.Value], target: Callable[..., ir.Value]
+        self, new: NewNodes, picked: Callable[[ir.Value], ir.Value], target: Callable[..., ir.Value]
     ) -> ir.Value:
         """Nodes that turn bytes into weights.
 
@@ -355,7 +343,7 @@ class _UnpackWriter(_Writer):
         self,
         number: int,
         codes: np.ndarray,
-        new: _Nodes,
+        new: NewNodes,
         picked: Callable[[ir.Value], ir.Value],
         target: Callable[..., ir.Value],
     ) -> ir.Value:

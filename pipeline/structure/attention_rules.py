@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of attention as one operator, in all its forms: heads are cut whole, with the query heads that share their keys.
+"""Rules of attention as one operator: heads are cut whole, together with the query heads that share their keys.
 
 The size of a head never changes, so neither does the scale of the scores. What counts heads is an attribute.
 
@@ -8,6 +8,8 @@ GroupQueryAttention, RotaryEmbedding, EmbedLayerNormalization in ONNX Runtime's 
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +21,7 @@ from .walk import Axes, Walk, put_ints, rule
 
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
-def _multi_head(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _multi_head(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     query, key, value = (walk.of(walk.input(node, index)) for index in range(3))
     heads = int(attribute(node, "num_heads", 1))
     if query is None or key is None or value is None or len(query) != 3 or len(key) not in (3, 4):
@@ -94,7 +96,7 @@ def _keep_inside(walk: Walk, node: ir.Node, many: list[Axes]) -> None:
 
 
 @rule("Attention", domain=MICROSOFT)
-def _packed_attention(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _packed_attention(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     data, weight = walk.of(node.inputs[0]), walk.of(node.inputs[1])
     heads = int(attribute(node, "num_heads", 1))
     if data is None or weight is None or weight[1] is None:
@@ -118,7 +120,7 @@ def _packed_attention(walk: Walk, node: ir.Node) -> list[Axes | None]:
 
 
 @rule("GroupQueryAttention", domain=MICROSOFT)
-def _group_query(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _group_query(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     query, key, value = (walk.of(walk.input(node, index)) for index in range(3))
     heads, groups = int(attribute(node, "num_heads", 1)), int(attribute(node, "kv_num_heads", 1))
     if query is None or query[-1] is None:
@@ -152,7 +154,7 @@ def _grouped(walk: Walk, node: ir.Node, queries: Ids | None, keys: Ids | None, g
 
 
 @rule("Attention")
-def _attention(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _attention(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     many = [walk.of(walk.input(node, index)) for index in range(3)]
     if any(axes is None for axes in many):
         return unknown(walk, node, "Attention of unknown rank")
@@ -179,7 +181,7 @@ def _attention(walk: Walk, node: ir.Node) -> list[Axes | None]:
 
 def _attention_outputs(
     walk: Walk, node: ir.Node, query: Axes, value: Axes, common: Ids | None, rows: Ids | None, share: int, flat: bool
-) -> list[Axes | None]:
+) -> Sequence[Axes | None]:
     """The output has the query's heads, of the values' size."""
     cache: Axes = [query[0], common, None, None]
     if not flat:
@@ -191,16 +193,16 @@ def _attention_outputs(
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
-def _contrib_rotary(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _contrib_rotary(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     return _rotary(walk, node, cosine=2, others=(2, 3))
 
 
 @rule("RotaryEmbedding")
-def _standard_rotary(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _standard_rotary(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     return _rotary(walk, node, cosine=1, others=(1, 2))
 
 
-def _rotary(walk: Walk, node: ir.Node, *, cosine: int, others: tuple[int, ...]) -> list[Axes | None]:
+def _rotary(walk: Walk, node: ir.Node, *, cosine: int, others: tuple[int, ...]) -> Sequence[Axes | None]:
     data = walk.of(node.inputs[0])
     if data is None:
         return unknown(walk, node, "data of unknown rank")
@@ -223,7 +225,7 @@ def _rotary(walk: Walk, node: ir.Node, *, cosine: int, others: tuple[int, ...]) 
 
 
 @rule("EmbedLayerNormalization", domain=MICROSOFT)
-def _embed(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def _embed(walk: Walk, node: ir.Node) -> Sequence[Axes | None]:
     tables = [walk.of(walk.input(node, index)) for index in (2, 3, 4)]
     known = [axes for axes in tables if axes is not None]
     features: Ids | None = known[0][1] if known else None
@@ -236,4 +238,6 @@ def _embed(walk: Walk, node: ir.Node) -> list[Axes | None]:
             features = walk.tie(node, features, own[0])
     if features is not None:
         walk.normalized.append(features)
-    return [[None, None, features], [None], [None, None, features]][: len(node.outputs)]
+    hidden: Axes = [None, None, features]
+    outputs: list[Axes | None] = [hidden, [None], hidden]
+    return outputs[: len(node.outputs)]

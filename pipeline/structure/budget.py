@@ -53,7 +53,7 @@ def level_sizes(size: int, multiple: int, minimum: float) -> list[int]:
 
 
 def choose(levels: Mapping[str, Sequence[Level]], wanted: float) -> dict[str, int] | None:
-    """Units to remove from each group so that savings reach `wanted` at the least sum of errors; None if they cannot."""
+    """Units to remove from each group: savings reach `wanted` at the least sum of errors; None if they cannot."""
     most = sum(max(level.saving for level in many) for many in levels.values())
     if wanted > most * (1 + 1e-9):
         return None

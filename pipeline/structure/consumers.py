@@ -157,8 +157,8 @@ def _linear(consumer: Consumer, parts: Sequence[tuple[Gram, np.ndarray]]) -> Lin
     if bias is None or len(bias) != matrix.shape[1]:
         return Linear(gram, matrix, rows)
     count = float(sum(part.rows for part, _ in parts))
-    total = sum(part.rows * mean for part, mean in parts)
-    with_one = np.block([[gram, np.reshape(total, (-1, 1))], [np.reshape(total, (1, -1)), np.full((1, 1), count)]])
+    total = np.asarray(sum(part.rows * mean for part, mean in parts)).reshape(-1, 1)
+    with_one = np.block([[gram, total], [total.T, np.full((1, 1), count)]])
     return Linear(with_one, np.concatenate([matrix, bias[None]]), rows, fixed=1)
 
 
@@ -167,10 +167,10 @@ def _with_patches(model: ir.Model, consumers: dict[str, Consumer]) -> tuple[ir.M
     copy = model.clone()
     weights = {str(name): value for name, value in copy.graph.initializers.items()}
     names: dict[str, list[str]] = {}
+    place = {node: number for number, node in enumerate(copy.graph)}
     for name in consumers:
         read = []
-        for use in list(weights[name].uses()):
-            node = use.node
+        for node in sorted((use.node for use in weights[name].uses()), key=lambda node: place[node]):
             read.append(_patches(copy, node) if is_op(node, "Conv") else str(node.inputs[0].name))  # type: ignore[union-attr]
         names[name] = read
     return copy, names

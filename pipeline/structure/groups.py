@@ -5,8 +5,9 @@
     print(structure.groups[0])            # neurons of layer.0.dense.weight, 1536 units: 3 tensors
     structure.cut({"layer.0.dense.weight:1": [3, 7]})
 
-Made from the graph alone. Torch-Pruning (Fang et al., "DepGraph", arXiv 2301.12900) has groups for PyTorch modules; ours
-tie single positions instead of layers, so concatenations, splits, heads and packed weights need no case of their own.
+Made from the graph alone. Torch-Pruning (Fang et al., "DepGraph", arXiv 2301.12900) has groups for PyTorch modules;
+ours tie single positions instead of layers, so concatenations, splits, heads and packed weights need no case of their
+own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from ...contracts.errors import InputError, did_you_mean
-from ..passes.graph import add_weight, constant, consumers, is_op
-from . import attention_rules, recurrent_rules, rules, shape_rules
+from ..passes.graph import add_weight, constant, consumers, drop_unused_weights, is_op
+from . import attention_rules, lookup_rules, recurrent_rules, rules, shape_rules
 from .units import Ids
 from .walk import RULES, Walk, walk_graph
 
@@ -29,7 +31,7 @@ KINDS = ("neurons", "heads", "channels", "recurrent", "hidden")
 """Feed-forward neurons; heads of attention with what shares their keys; channels of convolutions; hidden units of an
 LSTM, GRU or RNN; features of a residual stream that norms average over."""
 
-_RULES = (attention_rules, recurrent_rules, rules, shape_rules)  # importing them fills the table
+_RULES = (attention_rules, lookup_rules, recurrent_rules, rules, shape_rules)  # importing them fills the table
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class Structure:
         The structure is used up by it: analyze the graph again before cutting more.
         """
         kept = self.kept(removed)
+        if not any(len(numbers) for numbers in removed.values()):
+            return
         for _, rewrite in self.walk.fixes:
             rewrite(kept)
         for value, array in self.walk.constants.items():
@@ -158,6 +162,8 @@ class Structure:
         for value, axes in self.walk.axes.items():
             if axes is not None and value.shape is not None and len(value.shape) == len(axes):
                 _slice_shape(value, axes, kept)
+        drop_unused_weights(self.model)
+        NameFixPass()(self.model)
 
 
 def _slice_constant(
@@ -185,7 +191,7 @@ def _slice_shape(value: ir.Value, axes: Sequence[Ids | None], kept: Callable[[Id
         return
     sizes = list(value.shape or ())
     for axis, units in enumerate(axes):
-        if units is not None and not (stay := kept(units)).all():
+        if units is not None and isinstance(sizes[axis], int) and not (stay := kept(units)).all():
             sizes[axis] = int(stay.sum())
     value.shape = ir.Shape(sizes)
 
@@ -205,6 +211,10 @@ def analyze(model: ir.Model, *, open_caches: bool = False) -> Structure:
             closed.setdefault(int(label), (entry.node, entry.reason))
     averaged = {int(n) for units in walk.normalized for n in np.unique(labels[units])}
     members = _members(walk, labels)
+    indices = {str(value.name) for value, array in walk.constants.items() if array.dtype == np.int64}
+    for label, places in members.items():
+        if indices.issuperset(name for name, _ in places):
+            closed.setdefault(label, ("", "it is of positions or sizes, not of weights"))
     groups, stays = _sorted_out(model, members, closed, averaged)
     return Structure(model, groups, stays, _unruled(model), walk, labels)
 
@@ -270,7 +280,7 @@ def _kind(model: ir.Model, cuts: Iterable[Cut], mean: bool) -> str:
             return "channels"
         if any(is_op(node, "LSTM", "GRU", "RNN") for node in readers):
             return "recurrent"
-        blocks = blocks or cut.positions.shape[1] > 1
+        blocks = blocks or bool((np.diff(cut.positions[0]) == 1).any())  # neighbours go together
     return "heads" if blocks else "neurons"
 
 

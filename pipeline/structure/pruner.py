@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -92,6 +93,8 @@ class Pruner:
         self.importance, self.repair, self.damping, self.widest = importance, repair, damping, widest
         self.structure: Structure = analyze(model, open_caches=open_caches)
         self.open_caches = open_caches
+        # Weights that the walk has not met, such as those that only a subgraph reads
+        self._unmet = set(model.graph.initializers.values()) - set(self.structure.walk.constants)
         self._say = progress or Progress()
 
     # Each group alone
@@ -142,7 +145,8 @@ class Pruner:
             matrices = {name: self._without(layer, order[:count]) for name, layer in layers.items()}
             points.append((count, float(np.mean([relative_error(layers[n], w) for n, w in matrices.items()]))))
             weights[count] = matrices
-        errors = np.interp(np.arange(len(order) + 1), *map(list, zip(*points, strict=True)))  # type: ignore[arg-type]
+        counts, lost = np.asarray([n for n, _ in points]), np.asarray([e for _, e in points])
+        errors = np.interp(np.arange(len(order) + 1), counts, lost)
         return Way(order, errors, weights)
 
     def _without(self, layer: Linear, removed: np.ndarray) -> np.ndarray:
@@ -240,10 +244,24 @@ class Pruner:
             errors = [relative_error(layers[n], w) for n, w in way.weights.get(count, {}).items()]
             plain = [relative_error(layer, _zeroed(layer, removed)) for layer in layers.values()]
             refitted = self._carry_out(self.model, group, removed, matrices)
-            self.structure = analyze(self.model, open_caches=self.open_caches)
-            mean = (lambda many: float(np.mean(many)) if many else None)  # noqa: E731
-            found.append(Done(group, removed, mean(errors), mean(plain), tuple(refitted)))
+            self._look_again()
+            found.append(Done(group, removed, _mean(errors), _mean(plain), tuple(refitted)))
         return found
+
+    def _look_again(self) -> None:
+        """Follow the graph: weights have other values now, and a layer may have been given a bias."""
+        known = self.structure.walk.constants
+        weights = {v for v in self.model.graph.initializers.values() if v.const_value is not None and v.uses()}
+        if weights - set(known) - self._unmet:
+            self.structure = analyze(self.model, open_caches=self.open_caches)
+            return
+        for value in known:
+            if value.const_value is not None:
+                known[value] = value.const_value.numpy()
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return float(np.mean(numbers)) if numbers else None
 
 
 def _default_probes(way: Way) -> list[int]:
@@ -265,7 +283,7 @@ def _flat(outputs: dict[str, np.ndarray]) -> np.ndarray:
 def _between(errors: np.ndarray, points: Sequence[tuple[int, float]]) -> np.ndarray:
     """A curve through measured points that has the shape of another curve between them."""
     found = np.zeros_like(errors)
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in pairwise(points):
         span = errors[right] - errors[left]
         part = (errors[left : right + 1] - errors[left]) / span if span > 0 else np.linspace(0, 1, right - left + 1)
         found[left : right + 1] = low + part * (high - low)

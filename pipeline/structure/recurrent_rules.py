@@ -33,10 +33,14 @@ def _recurrent(walk: Walk, node: ir.Node) -> list[Axes | None]:
     for index in (1, 2, 3, 7):
         axes = walk.of(walk.input(node, index))
         walk.close(node, axes[0] if axes else None, "it counts directions")
+    steps, batch = (1, 0) if attribute(node, "layout", 0) else (0, 1)
+    walk.close(node, data[steps], "it counts steps in time")
     for index in (5, 6) if node.op_type == "LSTM" else (5,):
         state = walk.of(walk.input(node, index))
         if state is not None:
             walk.tie(node, hidden, state[-1])
+            for units in (state[0], state[1], data[batch]):
+                walk.close(node, units, "it counts directions or samples")
     walk.count_attribute(node, "hidden_size", hidden)
     return _outputs(node, data, hidden)
 

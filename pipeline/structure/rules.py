@@ -31,14 +31,12 @@ _BROADCAST = (
 def _elementwise(walk: Walk, node: ir.Node) -> list[Axes | None]:
     found = walk.of(node.inputs[0])
     value = node.inputs[0]
-    if found is not None and value is not None:
-        walk.lengths[node.outputs[0]] = [walk.size(value, axis) for axis in range(len(found))]
     if node.op_type in ("Cast", "Identity") and value is not None and (sizes := walk.sizes_of(value)) is not None:
         walk.sizes[node.outputs[0]] = sizes
     return [found] * len(node.outputs)
 
 
-@rule("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasAdd", "BiasSplitGelu", domain=MICROSOFT)
+@rule("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "BiasSplitGelu", domain=MICROSOFT)
 def _contrib_elementwise(walk: Walk, node: ir.Node) -> list[Axes | None]:
     if node.op_type == "BiasSplitGelu":
         return unknown(walk, node, "BiasSplitGelu has no rule")
@@ -48,19 +46,7 @@ def _contrib_elementwise(walk: Walk, node: ir.Node) -> list[Axes | None]:
 @rule(*_BROADCAST)
 def _broadcasting(walk: Walk, node: ir.Node) -> list[Axes | None]:
     values = [value for value in node.inputs if value is not None]
-    found = broadcast(walk, node, values)
-    if found is not None:
-        walk.lengths[node.outputs[0]] = [_length(walk, values, place) for place in range(-len(found), 0)]
-    return [found]
-
-
-def _length(walk: Walk, values: Sequence[ir.Value], place: int) -> int | None:
-    sizes = [walk.size(value, place) for value in values if len(walk.of(value) or ()) >= -place]
-    return (
-        max((size for size in sizes if size is not None), default=None)
-        if None not in sizes
-        else (next((size for size in sizes if size is not None and size > 1), None))
-    )
+    return [broadcast(walk, node, values)]
 
 
 def unknown(walk: Walk, node: ir.Node, reason: str) -> list[Axes | None]:
@@ -102,7 +88,8 @@ def _joined(walk: Walk, node: ir.Node, terms: Sequence[tuple[ir.Value, Axes, int
 
 
 @rule("MatMul")
-def _matmul(walk: Walk, node: ir.Node) -> list[Axes | None]:
+def matrix_product(walk: Walk, node: ir.Node) -> list[Axes | None]:
+    """A product as MatMul has it: of the last axis and the last but one, with a batch in front."""
     left, right = node.inputs[:2]
     a, b = walk.of(left), walk.of(right)
     if a is None or b is None or left is None or right is None:
@@ -254,11 +241,6 @@ def _group_norm(walk: Walk, node: ir.Node) -> list[Axes | None]:
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def _layer_norm(walk: Walk, node: ir.Node) -> list[Axes | None]:
     return _normalized(walk, node, node.inputs[:1], int(attribute(node, "axis", -1)), node.inputs[1:3])
-
-
-@rule("SimplifiedLayerNormalization", domain=MICROSOFT)
-def _contrib_rms_norm(walk: Walk, node: ir.Node) -> list[Axes | None]:
-    return _layer_norm(walk, node)
 
 
 @rule("SkipLayerNormalization", domain=MICROSOFT)

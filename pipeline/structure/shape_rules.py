@@ -24,11 +24,7 @@ def _shape(walk: Walk, node: ir.Node) -> list[Axes | None]:
     if data is None:
         return []
     start, end = int(attribute(node, "start", 0)), attribute(node, "end", None)
-    sizes = []
-    for axis, units in enumerate(data):
-        number = walk.size(node.inputs[0], axis) if units is None else None
-        sizes.append(Size(number, units))
-    walk.sizes[node.outputs[0]] = sizes[start : None if end is None else int(end)]
+    walk.sizes[node.outputs[0]] = [Size(units=units) for units in data][start : None if end is None else int(end)]
     return [[None]]
 
 
@@ -83,7 +79,7 @@ def _merged(walk: Walk, node: ir.Node, axes: Sequence[Ids | None], sizes: Sequen
     bearing = [axis for axis, units in enumerate(axes) if units is not None]
     if not bearing:
         return None
-    best = max(bearing, key=lambda axis: int(sizes[axis] or 1) * (not _is_closed(walk, axes[axis])))
+    best = max(bearing, key=lambda axis: int(sizes[axis] or 1) * (not walk.is_closed(axes[axis])))
     for axis in bearing:
         if axis != best:
             walk.close(node, axes[axis], "merged with another axis")
@@ -92,11 +88,6 @@ def _merged(walk: Walk, node: ir.Node, axes: Sequence[Ids | None], sizes: Sequen
     shape = [int(size or 1) for size in sizes]
     grid = np.broadcast_to(own.reshape([-1 if axis == best else 1 for axis in range(len(shape))]), shape)
     return np.ascontiguousarray(grid.reshape(-1))
-
-
-def _is_closed(walk: Walk, units: Ids | None) -> bool:
-    """Whether it is known by now that these units stay."""
-    return units is None or any(np.isin(units[:1], closed.units).any() for closed in walk.units.closed)
 
 
 @rule("Squeeze")
@@ -140,7 +131,6 @@ def _transpose(walk: Walk, node: ir.Node) -> list[Axes | None]:
     if data is None:
         return unknown(walk, node, "data of unknown rank")
     order = [int(axis) for axis in attribute(node, "perm", list(range(len(data)))[::-1])]
-    walk.lengths[node.outputs[0]] = [walk.size(node.inputs[0], axis) for axis in order]
     return [[data[axis] for axis in order]]
 
 
@@ -163,7 +153,9 @@ def _concat(walk: Walk, node: ir.Node) -> list[Axes | None]:
             if axis != at and (found[axis] is not None or other[axis] is not None):
                 found[axis] = walk.tie(node, found[axis], other[axis])
     lengths = [walk.size(value, at) for value in values]
-    if any(length is None for length in lengths):
+    if all(part[at] is None for part in axes):
+        return [found]
+    if any(length is None or not walk.fixed(value, at) for value, length in zip(values, lengths, strict=True)):
         for part in axes:
             walk.close(node, part[at], "Concat joins it with a part whose size only the run tells")
         found[at] = None
@@ -181,17 +173,18 @@ def _concat(walk: Walk, node: ir.Node) -> list[Axes | None]:
 
 @rule("Split")
 def _split(walk: Walk, node: ir.Node) -> list[Axes | None]:
-    data = walk.of(node.inputs[0])
-    if node.inputs[0] in walk.sizes:
-        walk.close_all(node, node.inputs[0], "its sizes are split")
-    if data is None:
+    data_value = node.inputs[0]
+    data = walk.of(data_value)
+    if data_value in walk.sizes:
+        walk.close_all(node, data_value, "its sizes are split")
+    if data is None or data_value is None:
         return unknown(walk, node, "data of unknown rank")
     at = int(attribute(node, "axis", 0)) % len(data)
     own, count = data[at], len(node.outputs)
     if own is None:
         return [list(data) for _ in range(count)]
     sizes = walk.numbers(node, 1, "split")
-    if sizes is None and walk.input(node, 1) is not None:
+    if (sizes is None and walk.input(node, 1) is not None) or not walk.fixed(data_value, at):
         walk.close(node, own, "Split into computed sizes")
         return [[None if axis == at else units for axis, units in enumerate(data)] for _ in range(count)]
     if sizes is None:
@@ -201,6 +194,8 @@ def _split(walk: Walk, node: ir.Node) -> list[Axes | None]:
 
     def rewrite(kept: Kept) -> None:
         numbers = [int(kept(part).sum()) for part in parts]
+        if sum(numbers) == len(own):
+            return
         if walk.model.opset_imports.get("", 0) < 13:
             put_ints(node, "split", numbers)
             return
@@ -253,11 +248,13 @@ def _slice(walk: Walk, node: ir.Node) -> list[Axes | None]:
         units = data[axis]
         if units is None:
             continue
-        if starts is None or ends is None or (steps is None and walk.input(node, 4) is not None):
+        known = starts is not None and ends is not None and (steps is not None or walk.input(node, 4) is None)
+        if not known or value is None or not walk.fixed(value, axis):
             walk.close(node, units, "Slice at computed positions")
             found[axis] = None
             continue
-        found[axis] = _sliced(walk, node, index, units, slice(starts[index], ends[index], steps[index] if steps else 1))
+        window = slice((starts or [])[index], (ends or [])[index], steps[index] if steps else 1)
+        found[axis] = _sliced(walk, node, index, units, window)
     return [found]
 
 
@@ -304,6 +301,9 @@ def _gather(walk: Walk, node: ir.Node) -> list[Axes | None]:
     axis %= len(data)
     own = data[axis]
     middle: Axes = list(where)
+    if indices is not None:
+        for units in where:
+            walk.close(node, units, "positions of a constant list")
     if own is not None:
         middle = _picked(walk, node, own, indices, where)
     return [[*data[:axis], *middle, *data[axis + 1 :]]]
@@ -319,8 +319,6 @@ def _picked(walk: Walk, node: ir.Node, own: Ids, indices: np.ndarray | None, whe
         if indices.size:
             _leave_counting(walk, node, own, indices)
         return list(where)
-    for units in where:
-        walk.close(node, units, "positions of a constant list")
     picked = own[indices]
     _leave_counting(walk, node, own, indices)
     return [picked]
@@ -329,6 +327,8 @@ def _picked(walk: Walk, node: ir.Node, own: Ids, indices: np.ndarray | None, whe
 def _leave_counting(walk: Walk, node: ir.Node, own: Ids, indices: np.ndarray) -> None:
     def rewrite(kept: Kept) -> None:
         stay = kept(own)
+        if stay.all():
+            return
         places = np.cumsum(stay) - 1
         wanted = np.where(indices < 0, indices + len(own), indices)
         new = places[wanted] if wanted.ndim != 1 or wanted.size < 2 else places[wanted[stay[wanted]]]
@@ -343,7 +343,6 @@ def _expand(walk: Walk, node: ir.Node) -> list[Axes | None]:
     if data is None or target is None:
         return unknown(walk, node, "Expand to a computed shape")
     rank = max(len(data), len(target))
-    walk.lengths[node.outputs[0]] = [_stretched(walk, node, target, place) for place in range(-rank, 0)]
     found: Axes = [None] * rank
     ones: dict[int, int] = {}
     for place in range(1, rank + 1):
@@ -366,12 +365,6 @@ def _expand(walk: Walk, node: ir.Node) -> list[Axes | None]:
     return [found]
 
 
-def _stretched(walk: Walk, node: ir.Node, target: Sequence[Size], place: int) -> int | None:
-    own = walk.size(node.inputs[0], place) if len(walk.of(node.inputs[0]) or ()) >= -place else 1
-    wanted = target[place].number if len(target) >= -place else 1
-    return own if own not in (None, 1) else wanted if own == 1 else wanted if wanted not in (None, 1) else None
-
-
 @rule("ConstantOfShape")
 def _constant_of_shape(walk: Walk, node: ir.Node) -> list[Axes | None]:
     """A tensor of one number: an axis of fixed size can be cut, since the size can be rewritten."""
@@ -380,6 +373,9 @@ def _constant_of_shape(walk: Walk, node: ir.Node) -> list[Axes | None]:
         return []
     found: Axes = []
     own: dict[int, Ids] = {}
+    filling = attribute(node, "value", None)
+    if filling is not None and not filling.dtype.is_floating_point():
+        return [[None] * len(target)]  # a vector of sizes itself, or a mask
     for place, size in enumerate(target):
         if size.units is not None:
             found.append(size.units)
@@ -395,12 +391,13 @@ def _constant_of_shape(walk: Walk, node: ir.Node) -> list[Axes | None]:
 
 @rule("Tile")
 def _tile(walk: Walk, node: ir.Node) -> list[Axes | None]:
-    data, repeats = walk.of(node.inputs[0]), walk.numbers(node, 1, "repeats")
+    data, repeats = walk.of(node.inputs[0]), walk.sizes_of(walk.input(node, 1))
     if data is None:
         return unknown(walk, node, "data of unknown rank")
-    if repeats is None:
+    if repeats is None or any(size.probed is None for size in repeats):
         return unknown(walk, node, "Tile by computed numbers")
-    return [[None if units is None else np.tile(units, n) for units, n in zip(data, repeats, strict=True)]]
+    counts = [size.probed or 0 for size in repeats]
+    return [[None if units is None else np.tile(units, n) for units, n in zip(data, counts, strict=True)]]
 
 
 @rule("Pad")

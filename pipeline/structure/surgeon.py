@@ -112,8 +112,7 @@ class _State:
     def __init__(self, layer: Linear, damping: float) -> None:
         size, free = len(layer.gram), len(layer.gram) - layer.fixed
         hessian = np.array(layer.gram, np.float64)
-        ridge = damping * float(np.trace(hessian[:free, :free])) / max(free, 1)
-        hessian[np.arange(free), np.arange(free)] += max(ridge, 1e-12)
+        hessian[np.arange(free), np.arange(free)] += _ridge(layer.gram, layer.fixed, damping)
         if layer.fixed:
             hessian[free:, free:] += 1e-12
         self._inverse = np.linalg.inv(hessian)
@@ -129,10 +128,11 @@ class _State:
         rows = self._place[self._rows[units]]
         if rows.shape[1] == 1:
             rows = rows[:, 0]
-            return np.square(self._weight[rows]).sum(axis=1) / np.maximum(np.diagonal(self._inverse)[rows], 1e-30)
+            squares: np.ndarray = np.square(self._weight[rows]).sum(axis=1)
+            return np.asarray(squares / np.maximum(np.diagonal(self._inverse)[rows], 1e-30))
         blocks = self._inverse[rows[:, :, None], rows[:, None, :]]
         weights = self._weight[rows]
-        return np.einsum("ubn,ubn->u", weights, np.linalg.solve(blocks, weights))
+        return np.asarray(np.einsum("ubn,ubn->u", weights, np.linalg.solve(blocks, weights)))
 
     def take(self, units: np.ndarray) -> float:
         """Remove units, let the others make up for them, and return the cost."""
@@ -145,7 +145,9 @@ class _State:
         self._inverse -= columns @ answer[:, lost.shape[1] :]
         self._weight[rows] = 0
         self._dead[rows] = True
-        if 5 * np.count_nonzero(self._dead) > len(self._dead):  # rows that are gone are zero: dropping them is for speed
+        if 5 * np.count_nonzero(self._dead) > len(
+            self._dead
+        ):  # rows that are gone are zero: dropping them is for speed
             self._shrink()
         return max(cost, 0.0)
 
@@ -162,15 +164,19 @@ class _State:
         return full
 
 
+def _ridge(gram: np.ndarray, fixed: int, damping: float) -> float:
+    """lambda: a share of the mean of the diagonal, without the constant 1."""
+    free = len(gram) - fixed
+    return max(damping * float(np.trace(gram[:free, :free])) / max(free, 1), 1e-12)
+
+
 def refit(layer: Linear, removed: np.ndarray, damping: float = 0.01) -> np.ndarray:
     """The best weights without some units, float64 [K, N] with zeros in their rows: ridge regression at once."""
     gone = layer.rows[removed].reshape(-1)
     stay = np.setdiff1d(np.arange(len(layer.gram)), gone)
     hessian = layer.gram[np.ix_(stay, stay)].copy()
     free = len(stay) - layer.fixed
-    ridge = max(damping * float(np.trace(layer.gram[: len(layer.gram) - layer.fixed,
-                                                   : len(layer.gram) - layer.fixed]))
-                / max(len(layer.gram) - layer.fixed, 1), 1e-12)  # fmt: skip
+    ridge = _ridge(layer.gram, layer.fixed, damping)
     hessian[np.arange(free), np.arange(free)] += ridge
     target = layer.gram[stay] @ layer.weight
     # What is pulled towards zero is the change, not the weight

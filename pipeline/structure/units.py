@@ -2,9 +2,9 @@
 """Units: the smallest things that can be cut, and which of them have to be cut together.
 
 Every axis of every tensor that could be made shorter is a row of units, one for each position. Operators tie units:
-the i-th column of a weight is the i-th feature of its product, and an addition ties the features of both its terms. What
-is tied, directly or through others, is a class: it stays or goes as a whole, all over the graph. A class that reaches
-something that may not change (an output of the graph, a softmax, an operator without a rule) is closed.
+the i-th column of a weight is the i-th feature of its product, and an addition ties the features of both its terms.
+What is tied, directly or through others, is a class: it stays or goes as a whole, all over the graph. A class that
+reaches something that may not change (an output of the graph, a softmax, an operator without a rule) is closed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.graph import add_weight, constant, dims, is_op, label, make_node, producer
+from ..passes.graph import add_weight, constant, dims, label, make_node, producer
+from .probing import LONGEST, agreed, probe
 from .units import Ids, Units
 
 Axes = list[Ids | None]
@@ -46,12 +47,14 @@ class Size:
     """One element of a vector of sizes, as it comes to a Reshape.
 
     Attributes:
-        number: Its number, where the graph fixes it.
+        number: Its number, where no input of the graph changes it.
         units: The axis that it is the length of, where the run reads it from a value: it follows the cut by itself.
+        probed: Its number in the first probe (see `probing`).
     """
 
     number: int | None = None
     units: Ids | None = None
+    probed: int | None = None
 
 
 class Walk:
@@ -59,8 +62,8 @@ class Walk:
 
     Attributes:
         axes: Of every value seen so far.
-        sizes: Of small vectors that hold sizes.
-        lengths: Of axes for which the graph states no size, as far as a rule knows them.
+        probes: All sizes, for two choices of numbers for those that only the run tells.
+        sizes: Of small vectors that hold sizes, where an axis with units is among them.
         fixes: Node and what rewrites its sizes; called when the cut is decided, in graph order.
         constants: What is fixed and was met.
         normalized: Units over which a mean is taken: cutting them changes the mean.
@@ -73,7 +76,7 @@ class Walk:
         self.fixes: list[tuple[ir.Node, Callable[[Kept], None]]] = []
         self.normalized: list[Ids] = []
         self.constants: dict[ir.Value, np.ndarray] = {}
-        self.lengths: dict[ir.Value, list[int | None]] = {}
+        self.probes = probe(model)
 
     # What a rule asks
 
@@ -87,36 +90,68 @@ class Walk:
         if value not in self.axes:
             array = constant(value)
             if array is None:
-                shape = dims(value)
+                shape = dims(value) if value.shape is not None else self.probes[0].shapes.get(str(value.name))
                 self.axes[value] = None if shape is None else [None] * len(shape)
             else:
                 self.constants[value] = array
-                self.axes[value] = [self.units.fresh(size) if size > 1 else None for size in array.shape]
+                # A short vector of whole numbers is one of sizes or positions, which rules rewrite element by element
+                plain = array.dtype == np.int64 and array.ndim <= 1 and array.size <= LONGEST
+                self.axes[value] = [self.units.fresh(n) if n > 1 and not plain else None for n in array.shape]
         return self.axes[value]
 
     def size(self, value: ir.Value | None, axis: int) -> int | None:
-        """How long an axis is before any cut, where that is fixed."""
-        axes = self.of(value)
-        if axes is not None and axes[axis] is not None:
-            return len(axes[axis])  # type: ignore[arg-type]
+        """How long an axis is before any cut: in the first probe, where only the run tells."""
+        if value is None:
+            return None
         if value in self.constants:
             return int(self.constants[value].shape[axis])
-        shape = dims(value)
-        number = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
-        if isinstance(number, int):
-            return number
-        return self.lengths[value][axis] if value in self.lengths else None
+        number = _stated(value, axis)
+        return number if number is not None else self.probes[0].size(str(value.name), axis)
+
+    def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
+        """All sizes, as `size` has them; None where not even the rank is known."""
+        known = dims(value)
+        rank = len(known) if known is not None else len(self.probes[0].shapes.get(str(value.name), ()))
+        if known is None and str(value.name) not in self.probes[0].shapes:
+            return None
+        return tuple(self.size(value, axis) for axis in range(rank))
+
+    def fixed(self, value: ir.Value, axis: int) -> bool:
+        """Whether an axis has the same length in every run."""
+        if value in self.constants or _stated(value, axis) is not None:
+            return True
+        return agreed([probe.size(str(value.name), axis) for probe in self.probes]) is not None
 
     def sizes_of(self, value: ir.Value | None) -> list[Size] | None:
         """The elements of a small integer vector (or scalar), where it is one of sizes; None otherwise."""
         if value is None:
             return None
-        if value in self.sizes:
-            return self.sizes[value]
         array = constant(value) if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, None) else None
-        if array is None or array.dtype not in (np.int64, np.int32) or array.ndim > 1 or array.size > 64:
+        if array is not None and (array.dtype not in (np.int64, np.int32) or array.ndim > 1 or array.size > LONGEST):
             return None
-        return [Size(int(number)) for number in array.reshape(-1)]
+        plain = self._plain_sizes(value, array)
+        tracked = self.sizes.get(value)
+        if tracked is None or plain is None or len(plain) != len(tracked):
+            return tracked if tracked is not None else plain
+        return [known if size.units is None else size for size, known in zip(tracked, plain, strict=True)]
+
+    def _plain_sizes(self, value: ir.Value, array: np.ndarray | None) -> list[Size] | None:
+        """The elements as numbers: a constant's own, or as probed."""
+        if array is not None:
+            return [Size(n, None, n) for n in array.reshape(-1).tolist()]
+        first = self.probes[0].numbers.get(str(value.name))
+        if first is None:
+            return None
+        found = [probe.numbers.get(str(value.name)) for probe in self.probes]
+        flat = [None if one is None or one.size != first.size else one.reshape(-1).tolist() for one in found]
+        return [
+            Size(agreed([None if one is None else one[place] for one in flat]), None, int(number))
+            for place, number in enumerate(first.reshape(-1))
+        ]
+
+    def is_closed(self, units: Ids | None) -> bool:
+        """Whether it is known by now that these units stay."""
+        return units is None or any(np.isin(units[:1], closed.units).any() for closed in self.units.closed)
 
     def numbers(self, node: ir.Node, index: int, name: str) -> list[int] | None:
         """Whole numbers that are an attribute in old opsets and a constant input in new ones; None if not fixed."""
@@ -170,8 +205,11 @@ class Walk:
 
     def writable(self, value: ir.Value | None, position: int) -> bool:
         """Whether `write_sizes` could write into this element of the vector."""
-        if value is None or constant(value) is not None:
-            return value is not None
+        sizes = self.sizes_of(value)
+        if value is None or sizes is None:
+            return False
+        if len(sizes) == 1 or all(size.number is not None for size in sizes):
+            return True
         maker = producer(value, "Concat", "Cast", "Identity")
         for part in maker.inputs if maker is not None else ():
             length = len(self.sizes_of(part) or ())
@@ -182,20 +220,20 @@ class Walk:
 
     def write_sizes(self, node: ir.Node, index: int, numbers: dict[int, int]) -> None:
         """Put numbers into some elements of the vector that is an input of the node, for this node alone."""
-        if numbers:
-            value = node.inputs[index]
-            assert value is not None
-            node.replace_input_with(index, self._rewritten(value, numbers, node))
+        value = node.inputs[index]
+        assert value is not None
+        old = self.sizes_of(value) or []
+        changed = {place: n for place, n in numbers.items() if place >= len(old) or old[place].number != n}
+        if changed:
+            node.replace_input_with(index, self._rewritten(value, changed, node))
 
     def _rewritten(self, value: ir.Value, numbers: dict[int, int], reader: ir.Node) -> ir.Value:
-        array = constant(value)
-        graph = reader.graph
+        graph, sizes = reader.graph, self.sizes_of(value) or []
         assert isinstance(graph, ir.Graph)
-        if array is not None:
-            new = np.array(array)
-            for position, number in numbers.items():
-                new.reshape(-1)[position] = number
-            return add_weight(self.model, graph, f"{value.name}_cut", new)
+        if len(numbers) == len(sizes) or all(size.number is not None for size in sizes):
+            new = np.asarray([numbers.get(place, size.number) for place, size in enumerate(sizes)], np.int64)
+            new = new.reshape(() if dims(value) == () else (-1,))
+            return add_weight(self.model, graph, f"{value.name}_cut", new.astype((value.dtype or _INT64).numpy()))
         maker = producer(value, "Concat", "Cast", "Identity")
         assert maker is not None, "only what is writable is written"
         inputs, start = [], 0
@@ -210,6 +248,34 @@ class Walk:
         copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
         graph.insert_before(reader, copy)
         return copy.outputs[0]
+
+    def freeze(self, node: ir.Node, units: Ids) -> bool:
+        """Let what a node computes from the length of an axis be what it was before the cut, if that is one number."""
+        known = [self.sizes_of(value) for value in node.outputs]
+        if any(sizes is None or any(size.number is None for size in sizes) for sizes in known):
+            return False
+
+        def rewrite(kept: Kept) -> None:
+            graph = node.graph
+            if kept(units).all() or not isinstance(graph, ir.Graph):
+                return
+            for value, sizes in zip(node.outputs, known, strict=True):
+                array = np.asarray([size.number for size in sizes or ()], (value.dtype or _INT64).numpy())
+                array = array.reshape(() if dims(value) == () else (-1,))
+                value.replace_all_uses_with(add_weight(self.model, graph, f"{value.name}_fixed", array))
+
+        self.fix(node, rewrite)
+        return True
+
+
+_INT64 = ir.DataType.INT64
+
+
+def _stated(value: ir.Value, axis: int) -> int | None:
+    """The size in the graph's own shapes."""
+    shape = dims(value)
+    number = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+    return number if isinstance(number, int) else None
 
 
 def _put(node: ir.Node, name: str, number: int) -> None:
@@ -240,9 +306,9 @@ def walk_graph(model: ir.Model, *, open_inputs: Callable[[str], bool]) -> Walk:
         _visit(walk, node)
     for value in model.graph.outputs:
         name = str(value.name)
-        if not open_inputs(name):
-            for output_axis in walk.of(value) or ():
-                walk.units.close(output_axis, name, "it is an output of the graph")
+        sizes = [size.units for size in walk.sizes.get(value, ())]
+        for units in (*([] if open_inputs(name) else walk.of(value) or []), *sizes):
+            walk.units.close(units, name, "it is an output of the graph")
     return walk
 
 
@@ -251,22 +317,23 @@ def _visit(walk: Walk, node: ir.Node) -> None:
     domain = "" if node.domain == "ai.onnx" else node.domain
     found = RULES.get((domain, node.op_type))
     if found is None or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attributes(node)):
-        for value in _read(node):
-            walk.close_all(node, value, f"{node.op_type} has no rule")
+        for read in _read(node):
+            walk.close_all(node, read, f"{node.op_type} has no rule")
         return
     outputs = found(walk, node)
-    for value, axes in zip(node.outputs, outputs, strict=False):
+    for result, axes in zip(node.outputs, outputs, strict=False):
         if axes is not None:
-            walk.axes[value] = list(axes)
-    if not is_op(node, *_READ_SIZES):
-        for value in node.inputs:
-            for size in walk.sizes.get(value, ()) if value is not None else ():
-                walk.close(node, size.units, "its length is computed with")
+            walk.axes[result] = list(axes)
+    tracked = any(value in walk.sizes for value in node.outputs)
+    for index, value in enumerate(node.inputs):
+        for size in walk.sizes.get(value, ()) if value is not None else ():
+            if size.units is None or tracked or (node.op_type, index) in _FOLLOW or walk.freeze(node, size.units):
+                continue
+            walk.close(node, size.units, "its length is computed with")
 
 
-_READ_SIZES = ("Shape", "Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape", "Expand",
-               "ConstantOfShape", "Resize", "Size", "Split")  # fmt: skip
-"""Operators whose rules know what to do with a vector of sizes."""
+_FOLLOW = (("Reshape", 1), ("Expand", 1), ("ConstantOfShape", 0), ("Resize", 3))
+"""Inputs that hold sizes, and whose rules see to it that they stay right."""
 
 
 def _attributes(node: ir.Node) -> list[ir.Attr]:
