@@ -195,6 +195,7 @@ def benchmark(
 @app.command(epilog="Example: onnxpress inspect model.onnx")
 def inspect(
     model: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
+    groups: Annotated[bool, typer.Option("--groups", help="What could be pruned together, and what stays.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -202,7 +203,7 @@ def inspect(
     from .show import print_inspection
     from .verbs import inspect_model
 
-    print_inspection(inspect_model(model), as_json=as_json)
+    print_inspection(inspect_model(model, groups=groups), as_json=as_json)
 
 
 @app.command(epilog="Example: onnxpress verify artifacts/demo")

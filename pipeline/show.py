@@ -203,6 +203,19 @@ def print_inspection(facts: dict[str, Any], *, as_json: bool) -> None:
     console.print(_table("Weights", ("type", "MB"), weights))
     largest = [(w["name"], w["type"], f"{w['bytes'] / 1e6:.2f}") for w in facts["largest_weights"]]
     console.print(_table("Largest weights", ("name", "type", "MB"), largest))
+    if "groups" in facts:
+        _print_groups(console, facts)
+
+
+def _print_groups(console: Console, facts: dict[str, Any]) -> None:
+    """What can be cut together, and why the rest stays."""
+    rows = [(g["kind"], str(g["units"]), g["name"], str(len(g["cuts"]))) for g in facts["groups"]]
+    console.print(_table("Groups that can be pruned", ("kind", "units", "first weight:axis", "weights"), rows))
+    stays = [
+        (s["name"], str(s["units"]), " ".join((s["reason"], f"({s['node']})" * bool(s["node"]))))
+        for s in facts["stays"]
+    ]
+    console.print(_table("Stays", ("weight:axis", "units", "because"), stays))
 
 
 def print_doctor(facts: dict[str, Any], *, as_json: bool) -> None:

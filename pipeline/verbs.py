@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from ..contracts.errors import BundleError, InputError
 from ..contracts.signature import Signature
 from ..contracts.tasks import FEATURES
@@ -21,6 +23,7 @@ from .evaluate import evaluate, metric_names
 from .gates import MEASURED, Gate, check_names, require_all
 from .inputs import benchmark_settings, comparison_cases
 from .passes.base import run_pass
+from .passes.clean import Clean
 from .progress import Progress
 from .recipe import Recipe
 from .token_identity import cut_of_bundle
@@ -197,8 +200,20 @@ def _standalone(candidate: Path, signature: Signature) -> ExportedModel:
     return exported
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
-    """Signature, opsets, operators, weights by type and size of an `.onnx` or bundle."""
+def groups_of(model: ir.Model) -> dict[str, Any]:
+    """What `prune_structured` could cut from a graph, cleaned as recipes do first, and what stays and why."""
+    from .structure import analyze
+
+    structure = analyze(run_pass(Clean(), model)[0])
+    return {
+        "groups": [group.to_json() for group in structure.groups],
+        "stays": [vars(stays) for stays in structure.surprises],
+        "operators_without_a_rule": structure.unruled,
+    }
+
+
+def inspect_model(path: Path, *, groups: bool = False) -> dict[str, Any]:
+    """Signature, opsets, operators, weights by type and size of an `.onnx` or bundle, and its groups if asked."""
     file = model_file(path)
     model = graph_file.read(file)
     by_type: Counter[str] = Counter()
@@ -219,4 +234,5 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "weight_bytes": dict(sorted(by_type.items(), key=lambda item: -item[1])),
         "largest_weights": [{"name": n, "bytes": b, "type": t} for b, n, t in largest[:8]],
         "metadata": dict(model.metadata_props),
+        **(groups_of(model) if groups else {}),
     }

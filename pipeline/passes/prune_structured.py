@@ -148,7 +148,7 @@ class PruneStructured(Pass):
                 plan.left.append(Left(group.name, "excluded by name"))
             else:
                 chosen.append(group)
-        for stays in pruner.structure.stays:
+        for stays in pruner.structure.surprises:
             where = f" ({stays.node})" if stays.node else ""
             plan.left.append(Left(stays.name, f"{stays.reason}{where}"))
         return chosen

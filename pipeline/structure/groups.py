@@ -111,6 +111,11 @@ class Structure:
     walk: Walk = field(repr=False)
     labels: np.ndarray = field(repr=False)
 
+    @property
+    def surprises(self) -> list[Stays]:
+        """What stays, without the kernels' own axes: nobody expects these to be cut."""
+        return [stays for stays in self.stays if stays.reason != "it is an axis of space"]
+
     def group(self, name: str) -> Group:
         """By name, or InputError with a suggestion."""
         for group in self.groups:

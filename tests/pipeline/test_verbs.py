@@ -161,6 +161,18 @@ def test_benchmark_a_factory_s_export_against_pytorch(
     assert rows[0]["ratio_to_reference"]["median"] == 1.0
 
 
+def test_inspect_names_what_could_be_pruned_and_what_stays(onnxpress: Run, net: Path) -> None:
+    shown = json.loads(onnxpress("inspect", net, "--groups", "--json").out)
+    (group,) = shown["groups"]
+    assert (group["name"], group["kind"], group["units"]) == ("w1:1", "neurons", 128)
+    assert [cut["tensor"] for cut in group["cuts"]] == ["w1", "b1", "w2"]
+    assert {"name": "w2:1", "units": 8, "node": "logits", "reason": "it is an output of the graph"} in shown["stays"]
+    text = onnxpress("inspect", net, "--groups").out
+    assert "Groups that can be pruned" in text
+    assert "it is an output of the graph (logits)" in text
+    assert "groups" not in json.loads(onnxpress("inspect", net, "--json").out)
+
+
 def test_inspect_a_file_and_a_bundle(onnxpress: Run, net: Path, finished: Path) -> None:
     shown = json.loads(onnxpress("inspect", net, "--json").out)
     assert (shown["file"], shown["bytes"], shown["nodes"]) == ("net.onnx", net.stat().st_size, 5)
