@@ -38,8 +38,10 @@ from onnxpress.pipeline.passes.prune_structured import PruneStructured
 from onnxpress.pipeline.statistics import Calibration
 from onnxpress.pipeline.structure import KINDS, analyze, mask
 
-SETTINGS = PruneStructured(ratio=0.25, importance="magnitude", repair=False, multiple=1)
-EVERY_KIND = PruneStructured(ratio=0.25, importance="magnitude", repair=False, multiple=1, kinds=KINDS)
+SETTINGS = PruneStructured(ratio=0.25, importance="magnitude", repair=False, multiple=1, channel_multiple=1)
+EVERY_KIND = PruneStructured(
+    ratio=0.25, importance="magnitude", repair=False, multiple=1, channel_multiple=1, kinds=KINDS
+)
 """For graphs in which nothing can be cut but what norms average over."""
 
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2

@@ -65,7 +65,9 @@ class PruneStructured(Pass):
             `activation` (sizes of weights and inputs) or `magnitude` (sizes of weights).
         repair: Refit the layers that read a group.
         at_outputs: Judge a group's loss at the model's outputs, not at the layers that read it.
-        multiple: What is left of a group shall be a multiple of it, for the kernels' sake.
+        multiple: What is left of neurons, hidden units and features shall be a multiple of it, for the kernels' sake.
+        channel_multiple: The same for channels. ONNX Runtime's convolutions work on blocks of 16 with AVX-512: 56 of 64
+            channels take as long as 64 (measured), 48 take three quarters.
         minimum: Share of its units that each group keeps in any case.
         damping: Ridge, relative to the mean square of the inputs.
         widest: Layers with more inputs (times kernel) are judged by magnitude and not refitted.
@@ -82,6 +84,7 @@ class PruneStructured(Pass):
     repair: bool = True
     at_outputs: bool = True
     multiple: int = Field(default=8, ge=1)
+    channel_multiple: int = Field(default=16, ge=1)
     minimum: float = Field(default=0.1, gt=0, le=1)
     damping: float = Field(default=0.01, gt=0)
     widest: int = Field(default=4096, ge=1)
@@ -154,11 +157,11 @@ class PruneStructured(Pass):
         return chosen
 
     def _survey(self, pruner: Pruner, groups: list[Group]) -> Survey:
-        ways = pruner.ways(groups, self.multiple, self.minimum)
+        ways = pruner.ways(groups, self._sizes)
         unit = "bytes" if self.bytes is not None else "multiply_adds"
         work = work_of(pruner.model, groups, unit, pruner.calibration)
         saving = {group.name: work.of_a_unit(group) for group in groups}
-        levels = pruner.levels(ways, saving, self.multiple, self.minimum, at_outputs=self.at_outputs)
+        levels = pruner.levels(ways, saving, self._sizes, at_outputs=self.at_outputs)
         return Survey(levels, work)
 
     def _counts(self, pruner: Pruner, survey: Survey, calibration: Calibration | None, plan: Plan) -> dict[str, int]:
@@ -178,8 +181,12 @@ class PruneStructured(Pass):
         return counts
 
     def _nearest(self, group: Group, ratio: float) -> int:
-        sizes = level_sizes(group.size, self.multiple, self.minimum)
-        return min(sizes, key=lambda n: (abs(n - ratio * group.size), n))
+        return min(self._sizes(group), key=lambda n: (abs(n - ratio * group.size), n))
+
+    def _sizes(self, group: Group) -> list[int]:
+        """How many units could go, so that kernels like what is left."""
+        multiple = {"heads": 1, "channels": self.channel_multiple}.get(group.kind, self.multiple)
+        return level_sizes(group.size, multiple, self.minimum)
 
     def _by_latency(
         self, pruner: Pruner, levels: dict[str, list[Level]], calibration: Calibration, plan: Plan

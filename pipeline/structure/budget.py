@@ -41,10 +41,10 @@ def level_sizes(size: int, multiple: int, minimum: float) -> list[int]:
 
     Args:
         size: Units of the group.
-        multiple: What is left shall be a multiple of it (or, of small groups, of an eighth of the size).
+        multiple: What is left shall be a multiple of it; a group that is no larger can be halved.
         minimum: Share of the units that stays in any case.
     """
-    step = min(multiple, max(1, size // 8))
+    step = multiple if size > multiple else max(1, size // 2)
     least = max(1, int(np.ceil(minimum * size)))
     left = [n for n in range(step * (size // step), 0, -step) if least <= n < size]
     if len(left) > _MOST_LEVELS:

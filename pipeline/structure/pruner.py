@@ -10,7 +10,7 @@ Until the end nothing gets smaller in the copy: units that go are zeros, and wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -21,7 +21,7 @@ import onnx_ir as ir
 from ..passes.linear_layers import add_to_bias
 from ..progress import Progress
 from ..statistics import Calibration
-from .budget import Level, level_sizes
+from .budget import Level
 from .consumers import Consumer, consumers_of, measure
 from .groups import Group, Structure, analyze, weight_of
 from .masking import masked_weights
@@ -99,7 +99,7 @@ class Pruner:
 
     # Each group alone
 
-    def ways(self, groups: Sequence[Group], multiple: int, minimum: float) -> dict[str, Way]:
+    def ways(self, groups: Sequence[Group], sizes_of: Callable[[Group], list[int]]) -> dict[str, Way]:
         """How each group would go, on the graph as it is."""
         many = {group.name: consumers_of(self.model, group) for group in groups}
         everyone = list({c.name: c for consumers in many.values() for c in consumers}.values())
@@ -107,7 +107,7 @@ class Pruner:
         found = {}
         for group in groups:
             self._say("prune", f"{group.kind} of {group.name}")
-            sizes = level_sizes(group.size, multiple, minimum)
+            sizes = sizes_of(group)
             probes = [min(sizes, key=lambda n, share=share: abs(n - share * sizes[-1])) for share in _PROBES]  # type: ignore[misc]
             found[group.name] = self._way(group, self._layers(many[group.name], linear), sizes[-1], probes)
         return found
@@ -174,14 +174,19 @@ class Pruner:
     # What it costs at the outputs
 
     def levels(
-        self, ways: dict[str, Way], saving: dict[str, float], multiple: int, minimum: float, *, at_outputs: bool
+        self,
+        ways: dict[str, Way],
+        saving: dict[str, float],
+        sizes_of: Callable[[Group], list[int]],
+        *,
+        at_outputs: bool,
     ) -> dict[str, list[Level]]:
         """Each group's levels; errors are those of the model's outputs where these are measured."""
         found = {}
         for name, way in ways.items():
             group = self.structure.group(name)
             errors = self._output_errors(group, way) if at_outputs and self.calibration is not None else way.errors
-            sizes = level_sizes(group.size, multiple, minimum)
+            sizes = sizes_of(group)
             # Never below what a smaller cut costs
             rising = np.maximum.accumulate(errors)
             found[name] = [Level(n, float(rising[n]), n * saving[name]) for n in sizes if n < len(rising)]

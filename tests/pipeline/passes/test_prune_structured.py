@@ -64,7 +64,7 @@ SHAPES = {
     CHANNELS: {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (4, 16, 3, 3)},
 }
 INPUTS = {TWO_LAYERS: (64, 8), HEADS: (6, 10, 16), CHANNELS: (8, 3, 8, 8)}
-SOME = {"multiple": 1}
+SOME = {"multiple": 1, "channel_multiple": 1}
 
 
 def model_of(text: str, **changed: Array) -> ir.Model:
@@ -105,7 +105,7 @@ def test_weights_and_operations_really_fall(text: str, importance: Any) -> None:
 @pytest.mark.parametrize("text", SHAPES, ids=["neurons", "heads", "channels"])
 def test_without_repair_the_cut_is_the_mask(text: str) -> None:
     model, calibration = model_of(text), data_of(text)
-    settings = PruneStructured(ratio=0.25, repair=False)
+    settings = PruneStructured(ratio=0.25, repair=False, **SOME)
     plan = settings.plan(model, calibration)
     removed = {
         a["group"]: np.setdiff1d(np.arange(a["units"]), plan.arrays[f"kept|{a['group']}"]).tolist()
@@ -171,6 +171,18 @@ def test_heads_are_counted_by_their_attribute() -> None:
     assert node.attributes["num_heads"].value == 6
     assert weights_of(pruned)["w4"].shape == (24, 16)
     assert report.details["heads"] == {"groups": 1, "units": 8, "kept": 6}
+
+
+def test_channels_are_left_in_blocks() -> None:
+    """By default 16 channels can be halved and nothing else; of 64, a multiple of 16 is left."""
+    (group,) = analyze(model_of(CHANNELS)).groups
+    assert PruneStructured(ratio=0.5)._sizes(group) == [0, 8]
+    shapes = {"w1": (64, 3, 3, 3), "b1": (64,), "w2": (4, 64, 3, 3)}
+    wide = model_from(
+        CHANNELS.replace("16", "64"), {n: normal(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    )
+    _, report = run_pass(PruneStructured(ratio=0.4), wide, data_of(CHANNELS))
+    assert report.details["channels"]["kept"] == 32
 
 
 def test_bytes_as_a_budget() -> None:
