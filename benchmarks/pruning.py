@@ -131,8 +131,7 @@ class Pruning:
                 rows.append(self.judged(method, f"{share:.0%}", cut))
         self.clock(rows, rounds)
         cells = [(r.name, r.share, *self.scores(r), f"{r.megabytes:.1f}", *_ratios(r)) for r in rows]
-        shapes = [setting.shape for setting in self.material.settings]
-        columns = ("cut", "multiply-adds saved", *self.titles(), "MB", *(f"{s}: x uncut (95 %)" for s in shapes))
+        columns = ("cut", "multiply-adds saved", *self.titles(), "MB", *self.clocks("uncut"))
         return table(f"**{self.subject.title}** ({self.subject.note})", columns, cells)
 
     def int8(self, rounds: int) -> str:
@@ -159,8 +158,7 @@ class Pruning:
         self.clock([rows[0], *rounded], rounds, reference=self.torch)
         self.clock([rows[0], *floats], rounds, reference=self.torch)
         cells = [(r.name, r.share, *self.scores(r), f"{r.megabytes:.1f}", *_ratios(r)) for r in rows]
-        shapes = [setting.shape for setting in self.material.settings]
-        columns = ("form", "pruned", *self.titles(), "MB", *(f"{s}: x PyTorch (95 %)" for s in shapes))
+        columns = ("form", "pruned", *self.titles(), "MB", *self.clocks("PyTorch"))
         return table("**MiniLM-L6, SST-2: pruned, then int8** (no training)", columns, cells)
 
     def judged(self, name: str, share: str, model: ir.Model) -> Row:
@@ -183,16 +181,22 @@ class Pruning:
         lost = 100 * (np.concatenate(best.right).mean() - np.concatenate(row.right).mean())
         return [*(f"{100 * right.mean():.2f}" for right in row.right), f"{lost:.2f}"]
 
+    def clocks(self, reference: str) -> list[str]:
+        one, eight = self.material.settings
+        return [f"{shape}: x {reference} (95 %)" for shape in (one.shape, f"{one.shape}, 4 in a row", eight.shape)]
+
     def clock(self, rows: list[Row], rounds: int, reference: Run | None = None) -> None:
         """Everybody takes turns, the first row being the reference."""
         runs = [Session(row.file, threads=self.threads).run for row in rows]
         if reference is not None:
             runs[0] = reference
         contenders = [Contender(f"{r.name} {r.share}", "cpu", run) for r, run in zip(rows, runs, strict=True)]
+        one, eight = self.material.settings
         found = []
-        for setting, times in zip(self.material.settings, (8, 1), strict=True):  # batch 1 is short, and varies more
-            say(f"timing {setting.shape}")
-            found += measure(contenders, [setting], rounds=times * rounds, max_seconds=240, threads=self.threads)
+        for setting, times, burst in ((one, 8, 1), (one, 8, 4), (eight, 1, 1)):  # batch 1 is short, and varies more
+            say(f"timing {setting.shape}, {burst} in a row")
+            many = times * rounds
+            found += measure(contenders, [setting], rounds=many, max_seconds=120, threads=self.threads, burst=burst)
         for index, row in enumerate(rows):
             row.timed = found[index :: len(rows)]
 

@@ -113,6 +113,7 @@ def measure(
     max_seconds: float = 60.0,
     warmup: int = 3,
     threads: int,
+    burst: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> list[Measurement]:
     """Measure all contenders in all settings, taking turns, and then probe each once.
@@ -126,15 +127,18 @@ def measure(
         warmup: Turns of each contender before the clock counts; one for each shape of the inputs if that is more, as
             far as half the time goes. 0 turns the warm-up off.
         threads: Recorded, and given to the probes as OMP_NUM_THREADS; it configures no contender.
+        burst: Runs in a turn, the last of which is timed. With 1 each contender finds the processor's caches as the
+            others (and the pause between turns) left them, as a service with rare requests does; with more it finds
+            its own weights there, as a busy one does.
         progress: Called with one line as each stage begins.
 
     Returns:
         One measurement for each setting and contender, in that order.
 
     Raises:
-        InputError: No contender, no setting, a setting without inputs, or `rounds` below 1.
+        InputError: No contender, no setting, a setting without inputs, or `rounds` or `burst` below 1.
     """
-    if not contenders or not settings or rounds < 1:
+    if not contenders or not settings or rounds < 1 or burst < 1:
         raise InputError("a benchmark needs a contender, a setting and a round, at least one of each")
     for setting in settings:
         if not setting.feeds:
@@ -145,7 +149,7 @@ def measure(
         say(f"measuring {setting.name} ({setting.shape}): {', '.join(c.variant for c in contenders)}")
         deadline = time.perf_counter() + max_seconds
         first = _warm_up(contenders, setting, warmup, deadline - max_seconds / 2)
-        times = _take_turns(contenders, setting, rounds, deadline)
+        times = _take_turns(contenders, setting, rounds, deadline, burst)
         rows = [_summary(c, setting, threads, times[:, i], times[:, 0]) for i, c in enumerate(contenders)]
         measured.append([replace(row, first_run_ms=ms) for row, ms in zip(rows, first, strict=True)])
     found = []
@@ -190,7 +194,7 @@ def _warm_up(contenders: Sequence[Contender], setting: Setting, warmup: int, dea
     return [float(np.median(times)) for times in zip(*first, strict=True)]
 
 
-def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, deadline: float) -> Row:
+def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, deadline: float, burst: int) -> Row:
     """Return the milliseconds of every turn, float64 `[rounds made, contenders]`."""
     times: list[list[float]] = []
     collecting = gc.isenabled()
@@ -199,19 +203,21 @@ def _take_turns(contenders: Sequence[Contender], setting: Setting, rounds: int, 
     try:
         while len(times) < rounds and (len(times) < MIN_ROUNDS or time.perf_counter() < deadline):
             feeds = setting.feeds[len(times) % len(setting.feeds)]
-            times.append([_turn(contender, feeds) for contender in contenders])
+            times.append([_turn(contender, feeds, burst) for contender in contenders])
     finally:
         if collecting:
             gc.enable()
     return np.array(times, dtype=np.float64)
 
 
-def _turn(contender: Contender, feeds: dict[str, Array]) -> float:
+def _turn(contender: Contender, feeds: dict[str, Array], burst: int = 1) -> float:
     """Return the milliseconds of one turn."""
     # The worker threads of whoever ran before (OpenMP, a session's pool) spin on the cores for a moment after they
     # have finished, PyTorch's for 5 to 7 ms (benchmarks/idle_threads.py); let them go idle, so that nobody pays for a
     # neighbour.
     time.sleep(_SETTLE_SECONDS)
+    for _ in range(burst - 1):
+        contender.run(feeds)
     start = time.perf_counter_ns()
     contender.run(feeds)
     return (time.perf_counter_ns() - start) / 1e6

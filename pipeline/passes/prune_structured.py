@@ -301,4 +301,12 @@ def _details(plan: Plan) -> dict[str, Any]:
         kind["groups"] += 1
         kind["units"] += action["units"]
         kind["kept"] += action["kept"]
+    # For the manifest: `Structure.cut` (or, on the PyTorch module, `masked_weights`) replays it by name
+    found["cut"] = [
+        {
+            **{key: action[key] for key in ("group", "kind", "units", "kept", "error", "error_unrepaired")},
+            "removed": np.setdiff1d(np.arange(action["units"]), plan.arrays[f"kept|{action['group']}"]).tolist(),
+        }
+        for action in plan.actions
+    ]
     return found

@@ -33,6 +33,25 @@ def test_turns_are_interleaved_and_share_the_input() -> None:
     assert calls == expected
 
 
+def test_a_burst_is_timed_by_its_last_run() -> None:
+    """The first run of a turn is slow here, as with cold caches: only a burst leaves it out."""
+    calls: list[tuple[str, int]] = []
+
+    def run(feeds: Feeds) -> None:
+        if len(calls) % 3 == 0:
+            time.sleep(0.02)
+        calls.append(("A", int(feeds["x"][0])))
+
+    setting = Setting("s", 1, "1", inputs(2))
+    (warm,) = measure([Contender("A", "cpu", run)], [setting], rounds=2, warmup=0, threads=1, burst=3)
+    assert [turn for _, turn in calls] == [0, 0, 0, 1, 1, 1]
+    calls.clear()
+    (cold,) = measure([Contender("A", "cpu", run)], [setting], rounds=1, warmup=0, threads=1)
+    assert warm.latency_ms["p50"] < 20 <= cold.latency_ms["p50"]
+    with pytest.raises(InputError):
+        measure([Contender("A", "cpu", run)], [setting], rounds=1, threads=1, burst=0)
+
+
 def test_the_warm_up_meets_every_shape_once() -> None:
     """An engine that makes kernels for each shape it meets: that time is told apart from the latency."""
     seen: dict[str, list[int]] = {"A": [], "B": []}
