@@ -39,7 +39,7 @@ def test_a_burst_is_timed_by_its_last_run() -> None:
 
     def run(feeds: Feeds) -> None:
         if len(calls) % 3 == 0:
-            time.sleep(0.02)
+            time.sleep(0.2)
         calls.append(("A", int(feeds["x"][0])))
 
     setting = Setting("s", 1, "1", inputs(2))
@@ -47,7 +47,7 @@ def test_a_burst_is_timed_by_its_last_run() -> None:
     assert [turn for _, turn in calls] == [0, 0, 0, 1, 1, 1]
     calls.clear()
     (cold,) = measure([Contender("A", "cpu", run)], [setting], rounds=1, warmup=0, threads=1)
-    assert warm.latency_ms["p50"] < 20 <= cold.latency_ms["p50"]
+    assert warm.latency_ms["p50"] < cold.latency_ms["p50"]
     with pytest.raises(InputError):
         measure([Contender("A", "cpu", run)], [setting], rounds=1, threads=1, burst=0)
 
