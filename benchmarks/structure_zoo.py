@@ -100,7 +100,8 @@ def main() -> int:
         print(
             *(cell for cell in rows[-1].cells() if cell), f"{time.perf_counter() - started:.1f} s", sep="  ", flush=True
         )
-    text = f"{table('25 % of every group, by magnitude.', COLUMNS, [row.cells() for row in rows])}\n\n{summary(rows)}"
+    cut = table("25 % of every group, by magnitude.", COLUMNS, [row.cells() for row in rows])
+    text = f"{summary(rows)}\n\n<details><summary>Each graph</summary>\n\n{cut}\n\n</details>"
     print(f"\n{text}")
     if options.write:
         write_section("structure-zoo", text)
