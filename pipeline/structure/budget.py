@@ -17,7 +17,7 @@ from ..cost import multiply_adds, values_to_measure
 from ..statistics import Calibration
 from .groups import Group
 
-_GRID = 2000
+_GRID = 10_000
 _MOST_LEVELS = 48
 
 

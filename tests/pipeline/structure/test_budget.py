@@ -6,12 +6,10 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onnxpress.pipeline.structure.budget import Level, choose, level_sizes
-
-GRID = 2000
 
 
 def brute_force(levels: dict[str, list[Level]], wanted: float) -> float:
@@ -27,6 +25,7 @@ groups = st.dictionaries(
 )
 
 
+@example({"a": [(1, 26)], "b": [(1, 28)], "c": [(1, 3), (2, 18)], "d": [(1, 47)]}, 0.875)  # a coarse grid misses it
 @given(groups, st.floats(0.05, 1.0))
 @settings(max_examples=60, deadline=None)
 def test_choice_is_the_best(raw: dict[str, list[tuple[int, int]]], share: float) -> None:
