@@ -27,7 +27,7 @@ import torch
 from markdown import environment, interval, table, write_section
 from peers.assets import find
 from peers.environments import Environments
-from peers.subjects import SUBJECTS, Feeds, Subject, by_shape, joined, source_of
+from peers.subjects import SUBJECTS, Feeds, Subject, batches_of, by_shape, joined, source_of
 
 from onnxpress.exporters import graph_file, sources
 from onnxpress.exporters.exported import ExportedModel
@@ -108,7 +108,7 @@ class Pruning:
         self.model = self.passed(exported.model, Clean(), Fuse(optional=True))
         seen = self.material.calibration[: 32 if quick else None]
         self.calibration = Calibration([joined(seen, group) for group in by_shape(seen)], threads=threads)
-        self.sets = [_batches(self.material.evaluation, self.material.labels)]
+        self.sets = [batches_of(self.material.evaluation, self.material.labels)]
         if name == "minilm":
             self.sets.append(_sst2_test(exported, quick))
         self.before = self.judged("not cut", "", self.model)
@@ -201,21 +201,12 @@ class Pruning:
             row.timed = found[index :: len(rows)]
 
 
-def _batches(samples: Sequence[Feeds], labels: np.ndarray) -> tuple[list[Feeds], list[np.ndarray]]:
-    """Evaluation samples of one shape together, with their labels."""
-    sizes = [len(next(iter(feeds.values()))) for feeds in samples]
-    starts = np.cumsum([0, *sizes])
-    groups = by_shape(samples)
-    own = [np.concatenate([labels[starts[i] : starts[i + 1]] for i in group]) for group in groups]
-    return [joined(samples, group) for group in groups], own
-
-
 def _sst2_test(exported: ExportedModel, quick: bool) -> tuple[list[Feeds], list[np.ndarray]]:
     lines = (find("data_sst2") / "test.tsv").read_text("utf-8").splitlines()[: 100 if quick else None]
     rows = [line.split("\t") for line in lines]
     assert exported.tokenize is not None
     tokenize = exported.tokenize
-    return _batches([tokenize([text]) for text, _ in rows], np.array([int(label) for _, label in rows]))
+    return batches_of([tokenize([text]) for text, _ in rows], np.array([int(label) for _, label in rows]))
 
 
 def _ratios(row: Row) -> list[str]:

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from markdown import environment, interval, table, write_section
 from peers.environments import Environments
-from peers.subjects import SUBJECTS, Feeds, Subject, by_shape, joined, source_of
+from peers.subjects import SUBJECTS, Feeds, Subject, batches_of, by_shape, joined, source_of
 
 from onnxpress.exporters import graph_file, sources
 from onnxpress.pipeline.passes.base import run_pass
@@ -104,14 +104,7 @@ class Pruning:
         graph_file.write(model, self.plain)
         seen = self.material.calibration[: 32 if quick else None]
         self.calibration = Calibration([joined(seen, group) for group in by_shape(seen)], threads=threads)
-        evaluation = self.material.evaluation
-        self.groups = by_shape(evaluation)
-        self.batches = [joined(evaluation, group) for group in self.groups]
-        sizes = [len(next(iter(feeds.values()))) for feeds in evaluation]
-        starts = np.cumsum([0, *sizes])
-        self.labels = [
-            np.concatenate([self.material.labels[starts[i] : starts[i + 1]] for i in group]) for group in self.groups
-        ]
+        self.batches, self.labels = batches_of(self.material.evaluation, self.material.labels)
 
     def table(self, rounds: int) -> str:
         best = self.accuracy(self.plain)

@@ -148,6 +148,15 @@ def joined(samples: Sequence[Feeds], indices: Sequence[int]) -> Feeds:
     return {name: np.concatenate([samples[i][name] for i in indices]) for name in samples[indices[0]]}
 
 
+def batches_of(samples: Sequence[Feeds], labels: np.ndarray) -> tuple[list[Feeds], list[np.ndarray]]:
+    """Evaluation samples of one shape together, with their labels."""
+    sizes = [len(next(iter(feeds.values()))) for feeds in samples]
+    starts = np.cumsum([0, *sizes])
+    groups = by_shape(samples)
+    own = [np.concatenate([labels[starts[i] : starts[i + 1]] for i in group]) for group in groups]
+    return [joined(samples, group) for group in groups], own
+
+
 def write_samples(samples: Sequence[Feeds], file: Path) -> Path:
     """Samples as `3/input_ids`, for the peers."""
     np.savez(file, **{f"{i}/{name}": array for i, feeds in enumerate(samples) for name, array in feeds.items()})

@@ -37,6 +37,7 @@ from .graph import (
     nodes_of,
     replace_node,
 )
+from .layer_inputs import rows_read
 from .matrix_weights import drop_dead_transposes, why_unfit
 
 Kind = Literal["product", "conv", "rows"]
@@ -211,14 +212,9 @@ def patches_of(model: ir.Model, layers: Iterable[Layer]) -> tuple[ir.Model, list
         source, name = values.get(layer.inputs[0].name), f"onnxpress_patches_{number}"
         if width > WIDEST_PATCH or source is None:
             continue
-        picker = add_weight(copy, copy.graph, f"{name}_identity", np.eye(width, dtype=np.float32).reshape(-1, *window))
-        patches = make_node("Conv", [source, picker], [f"{name}_first"], attributes=dict(layer.nodes[0].attributes))
-        order = [0, *range(2, len(window) + 1), 1]
-        rows = make_node("Transpose", [patches.outputs[0]], [name], attributes={"perm": order})
-        rows.outputs[0].shape = ir.Shape([None] * len(window) + [width])
-        rows.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        copy.graph.extend([patches, rows])
-        made.append(Patches(layer, (rows.outputs[0],)))
+        identity = np.eye(width, dtype=np.float32).reshape(-1, *window)
+        rows = rows_read(copy, layer.nodes[0], source, name, identity)
+        made.append(Patches(layer, (rows,)))
     return copy, made
 
 

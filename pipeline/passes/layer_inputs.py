@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..statistics import Calibration, Wanted
+from .graph import add_weight, attribute, dims, make_node
 
 
 class Reader(Protocol):
@@ -81,3 +82,34 @@ def inputs_of(
                     job.gram = None if job.missing else job.gram
                     yield job
                     job.gram = None  # let go
+
+
+def rows_read(
+    model: ir.Model, node: ir.Node, value: ir.Value, name: str, kernels: np.ndarray | None = None
+) -> ir.Value:
+    """Append to the graph what a convolution reads, as rows: its channels [batch, ..., C], or patches [batch, ..., K].
+
+    Args:
+        model: Changed in place.
+        node: The convolution, of this graph or of one that it was cloned from: its geometry is read, no more.
+        value: Its input, in this graph.
+        name: Of the result.
+        kernels: For patches: a one-hot kernel for each of their elements, [K, C, window...].
+    """
+    factor = node.inputs[1]
+    shape = dims(factor)
+    assert factor is not None
+    assert shape is not None
+    width = int(shape[1] or 0) * int(attribute(node, "group", 1)) if kernels is None else len(kernels)
+    dtype = factor.dtype or ir.DataType.FLOAT
+    if kernels is not None:
+        weight = add_weight(model, model.graph, f"{name}_kernels", kernels.astype(dtype.numpy()))
+        unfold = make_node("Conv", [value, weight], [f"{name}_first"])
+        unfold.attributes.update({key: a for key, a in node.attributes.items() if key not in ("group", "kernel_shape")})
+        model.graph.append(unfold)
+        value = unfold.outputs[0]
+    turn = make_node("Transpose", [value], [name], attributes={"perm": [0, *range(2, len(shape)), 1]})
+    turn.outputs[0].shape = ir.Shape([None] * (len(shape) - 1) + [width])
+    turn.outputs[0].dtype = dtype
+    model.graph.append(turn)
+    return turn.outputs[0]

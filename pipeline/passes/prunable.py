@@ -24,8 +24,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..quantization.gptq import Feedback, feedback_of
 from ..statistics import Calibration
-from .graph import add_weight, attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of, producer
-from .layer_inputs import inputs_of
+from .graph import attribute, initializers_of, is_op, is_weight, label, nodes_of, producer
+from .layer_inputs import inputs_of, rows_read
 from .matrix_weights import uses_of, weights_in_use, why_no_matrix, why_unfit
 
 _MOST_PATCH = 2304
@@ -166,27 +166,15 @@ def _observed(
 def _unfolded(copy: ir.Model, layer: Prunable, node: ir.Node, value: ir.Value, made: dict[str, ir.Value]) -> ir.Value:
     """Patches [batch, ..., K] of a convolution's input, or its channels [batch, ..., C]; once for each geometry."""
     _, channels, *kernel = layer.array().shape
-    settings = [a for name, a in sorted(node.attributes.items()) if name not in ("group", "kernel_shape")]
-    width = channels * int(attribute(node, "group", 1))
-    name = f"{value.name}_channels"
-    if layer.patches:
+    if not layer.patches:
+        name, kernels = f"{value.name}_channels", None
+    else:
+        settings = [a for name, a in sorted(node.attributes.items()) if name not in ("group", "kernel_shape")]
         name = f"{value.name}_patches_{kernel}_{[(a.name, a.value) for a in settings]}"
         width = channels * math.prod(kernel)
-    if name in made:
-        return made[name]
-    if layer.patches:
-        one_hot = np.eye(width, dtype=np.float32).reshape(width, *kernel, channels)
-        weight = add_weight(copy, copy.graph, f"{name}_kernels", np.moveaxis(one_hot, -1, 1))
-        unfold = ir.Node("", "Conv", [value, weight], settings)
-        unfold.outputs[0].name = f"{name}_first"
-        copy.graph.append(unfold)
-        value = unfold.outputs[0]
-    rank = 2 + len(kernel)
-    turn = make_node("Transpose", [value], [name], attributes={"perm": [0, *range(2, rank), 1]})
-    turn.outputs[0].shape = ir.Shape([None] * (rank - 1) + [width])
-    turn.outputs[0].dtype = ir.DataType.FLOAT
-    copy.graph.append(turn)
-    made[name] = turn.outputs[0]
+        kernels = np.moveaxis(np.eye(width, dtype=np.float32).reshape(width, *kernel, channels), -1, 1)
+    if name not in made:
+        made[name] = rows_read(copy, node, value, name, kernels)
     return made[name]
 
 

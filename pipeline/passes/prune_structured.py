@@ -249,13 +249,15 @@ class PruneStructured(Pass):
             if name.startswith("weight|"):
                 value = model.graph.initializers[name.removeprefix("weight|")]
                 value.const_value = ir.Tensor(array, name=value.name)
-        structure = analyze(model, open_caches=self.open_caches)
-        removed = {}
-        for action in plan.actions:
-            kept = plan.arrays[f"kept|{action['group']}"]
-            removed[action["group"]] = np.setdiff1d(np.arange(action["units"]), kept).tolist()
-        structure.cut(removed)
+        removed = {action["group"]: _removed(plan, action) for action in plan.actions}
+        analyze(model, open_caches=self.open_caches).cut(removed)
         return model
+
+
+def _removed(plan: Plan, action: dict[str, Any]) -> list[int]:
+    """The units of a group that go."""
+    numbers: list[int] = np.setdiff1d(np.arange(action["units"]), plan.arrays[f"kept|{action['group']}"]).tolist()
+    return numbers
 
 
 def _cut_copy(pruner: Pruner, counts: dict[str, int]) -> ir.Model:
@@ -305,7 +307,7 @@ def _details(plan: Plan) -> dict[str, Any]:
     found["cut"] = [
         {
             **{key: action[key] for key in ("group", "kind", "units", "kept", "error", "error_unrepaired")},
-            "removed": np.setdiff1d(np.arange(action["units"]), plan.arrays[f"kept|{action['group']}"]).tolist(),
+            "removed": _removed(plan, action),
         }
         for action in plan.actions
     ]

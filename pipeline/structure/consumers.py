@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..passes.graph import add_weight, attribute, constant, dims, is_op, is_weight, make_node
+from ..passes.graph import attribute, constant, dims, is_op, is_weight
+from ..passes.layer_inputs import inputs_of, rows_read
 from ..passes.linear_layers import Layer, find_layers
-from ..statistics import Calibration, Gram, Wanted
+from ..statistics import Calibration
 from .groups import Group
 from .surgeon import Linear
 
@@ -132,76 +133,46 @@ def measure(model: ir.Model, consumers: Sequence[Consumer], calibration: Calibra
         calibration: Data without labels.
         widest: Layers with more inputs (times kernel) are left out: their Gram matrix would not fit.
     """
-    plans = {c.name: c for c in consumers if len(c.matrix()) <= widest}
-    copy, names = _with_patches(model, plans)
-    grams: dict[str, Gram] = {}
-    means: dict[str, np.ndarray] = {}
-    every = list(dict.fromkeys(name for many in names.values() for name in many))
-    for group in calibration.gram_groups(copy, every):
-        found = calibration.collect(copy, Wanted(grams=group, channels=dict.fromkeys(group, -1)))
-        for name in group:
-            if name in found.grams and name in found.channels and name not in found.missing:
-                grams[name] = found.grams[name]
-                means[name] = found.channels[name].mean
+    copy = model.clone()
+    values = {str(v.name): v for v in (*copy.graph.inputs, *(v for node in copy.graph for v in node.outputs))}
+    readings = [_reading(copy, c, values) for c in consumers if len(c.matrix()) <= widest]
     linear = {}
-    for weight, many in names.items():
-        if all(name in grams and grams[name].rows for name in many):
-            linear[weight] = _linear(plans[weight], [(grams[n], means[n]) for n in many])
+    for found in inputs_of(copy, readings, calibration, channels=True):
+        if found.gram is not None and found.mean is not None and found.rows:
+            for reading in found.layers:
+                linear[reading.consumer.name] = _linear(reading.consumer, found.gram, found.rows, found.mean)
     return linear
 
 
-def _linear(consumer: Consumer, parts: Sequence[tuple[Gram, np.ndarray]]) -> Linear:
+@dataclass(frozen=True)
+class _Reading:
+    """A consumer, and the values of a copy of the graph that hold what it multiplies as rows."""
+
+    consumer: Consumer
+    inputs: tuple[ir.Value, ...]
+
+
+def _reading(copy: ir.Model, consumer: Consumer, values: dict[str, ir.Value]) -> _Reading:
+    inputs = []
+    for node in consumer.nodes:
+        value = values[str(node.inputs[0].name)]  # type: ignore[union-attr]
+        if is_op(node, "Conv"):
+            shape = [int(n) for n in consumer.weight.const_value.shape.numpy()]  # type: ignore[union-attr]
+            plain = all(size == 1 for size in shape[2:]) and _keeps_places(node)
+            width = int(np.prod(shape[1:]))
+            kernels = None if plain else np.eye(width, dtype=np.float32).reshape(width, *shape[1:])
+            value = rows_read(copy, node, value, f"{node.outputs[0].name}_rows", kernels)
+        inputs.append(value)
+    return _Reading(consumer, tuple(inputs))
+
+
+def _linear(consumer: Consumer, gram: np.ndarray, count: int, mean: np.ndarray) -> Linear:
     matrix, rows, bias = consumer.matrix(), consumer.rows(), consumer.bias()
-    gram = sum(part.matrix for part, _ in parts)
-    assert isinstance(gram, np.ndarray)
     if bias is None or len(bias) != matrix.shape[1]:
         return Linear(gram, matrix, rows)
-    count = float(sum(part.rows for part, _ in parts))
-    total = np.asarray(sum(part.rows * mean for part, mean in parts)).reshape(-1, 1)
-    with_one = np.block([[gram, total], [total.T, np.full((1, 1), count)]])
+    total = (count * mean).reshape(-1, 1)
+    with_one = np.block([[gram, total], [total.T, np.full((1, 1), float(count))]])
     return Linear(with_one, np.concatenate([matrix, bias[None]]), rows, fixed=1)
-
-
-def _with_patches(model: ir.Model, consumers: dict[str, Consumer]) -> tuple[ir.Model, dict[str, list[str]]]:
-    """A copy of the graph in which every convolution's patches are a value, and what each weight's nodes read."""
-    copy = model.clone()
-    weights = {str(name): value for name, value in copy.graph.initializers.items()}
-    names: dict[str, list[str]] = {}
-    place = {node: number for number, node in enumerate(copy.graph)}
-    for name in consumers:
-        read = []
-        for node in sorted((use.node for use in weights[name].uses()), key=lambda node: place[node]):
-            read.append(_patches(copy, node) if is_op(node, "Conv") else str(node.inputs[0].name))  # type: ignore[union-attr]
-        names[name] = read
-    return copy, names
-
-
-def _patches(model: ir.Model, node: ir.Node) -> str:
-    """Write what a convolution reads as rows, [..., channels x kernel], and return its name."""
-    weight, data = node.inputs[1], node.inputs[0]
-    assert weight is not None
-    assert data is not None
-    assert weight.const_value is not None
-    shape = [int(n) for n in weight.const_value.shape.numpy()]
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    if all(size == 1 for size in shape[2:]) and _keeps_places(node):
-        value, last = data, None
-    else:
-        width = int(np.prod(shape[1:]))
-        kernel = np.eye(width, dtype=weight.const_value.dtype.numpy()).reshape(width, *shape[1:])
-        ones = add_weight(model, graph, f"{node.outputs[0].name}_kernel", kernel)
-        laid = make_node("Conv", [data, ones], [f"{node.outputs[0].name}_patches"])
-        laid.attributes.update({name: a for name, a in node.attributes.items() if name != "group"})
-        graph.insert_before(node, laid)
-        value, last = laid.outputs[0], width
-    order = [0, *range(2, len(shape)), 1]
-    turned = make_node("Transpose", [value], [f"{node.outputs[0].name}_rows"], attributes={"perm": order})
-    turned.outputs[0].type = data.type
-    sizes: list[int | None] = [None] * (len(shape) - 1)
-    turned.outputs[0].shape = ir.Shape([*sizes, last or shape[1]])
-    graph.insert_before(node, turned)
-    return str(turned.outputs[0].name)
 
 
 def _keeps_places(node: ir.Node) -> bool:

@@ -39,13 +39,11 @@ class Way:
         order: Units in the order in which they go.
         errors: float64 [units that may go + 1], after so many.
         weights: Removed units to the consumers' repaired matrices then, by the weight's name.
-        measured: Whether the order comes from activations.
     """
 
     order: np.ndarray
     errors: np.ndarray
     weights: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
-    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,11 +148,7 @@ class Pruner:
         return Way(order, errors, weights)
 
     def _without(self, layer: Linear, removed: np.ndarray) -> np.ndarray:
-        if self.repair:
-            return refit(layer, removed, self.damping)
-        weight = layer.weight.copy()
-        weight[layer.rows[removed].reshape(-1)] = 0
-        return weight
+        return refit(layer, removed, self.damping) if self.repair else _zeroed(layer, removed)
 
     def _static(self, group: Group, layers: dict[str, Linear], most: int, probes: Sequence[int]) -> Way:
         """By the size of all weights that would go; where activations are known, the error is measured all the same."""
@@ -169,7 +163,7 @@ class Pruner:
         if layers:
             return self._ordered(order, layers, probes)
         share = np.concatenate([[0.0], np.cumsum(costs[order])]) / max(float(costs.sum()), 1e-30)
-        return Way(order, share, measured=False)
+        return Way(order, share)
 
     # What it costs at the outputs
 
@@ -183,20 +177,19 @@ class Pruner:
     ) -> dict[str, list[Level]]:
         """Each group's levels; errors are those of the model's outputs where these are measured."""
         found = {}
+        data = self.calibration.sample(12) if at_outputs and self.calibration is not None else None
+        exact = [_flat(outputs) for outputs in data.run(self.model)] if data is not None else []
         for name, way in ways.items():
             group = self.structure.group(name)
-            errors = self._output_errors(group, way) if at_outputs and self.calibration is not None else way.errors
+            errors = way.errors if data is None else self._output_errors(group, way, data, exact)
             sizes = sizes_of(group)
             # Never below what a smaller cut costs
             rising = np.maximum.accumulate(errors)
             found[name] = [Level(n, float(rising[n]), n * saving[name]) for n in sizes if n < len(rising)]
         return found
 
-    def _output_errors(self, group: Group, way: Way) -> np.ndarray:
+    def _output_errors(self, group: Group, way: Way, data: Calibration, exact: Sequence[np.ndarray]) -> np.ndarray:
         """Relative squared error of the outputs, measured at the probes; between them it follows the layers' own."""
-        assert self.calibration is not None
-        data = self.calibration.sample(12)
-        exact = [_flat(outputs) for outputs in data.run(self.model)]
         size = max(sum(float(np.square(y).sum()) for y in exact), 1e-30)
         points = [(0, 0.0)]
         self._say("prune", f"what {group.name} costs at the outputs")

@@ -4,42 +4,31 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from ...exporters import graph_file
+from ...runtime.benchmark import Contender, Setting, measure
+from ...runtime.machine import default_threads
 from ...runtime.session import Session
 from ..statistics import Calibration
 
-_ROUNDS = 21
+_ROUNDS = 126
 _BATCHES = 6
 
 
 def speed_up(before: ir.Model, after: ir.Model, calibration: Calibration, *, seconds: float = 8.0) -> float:
-    """Median over the rounds of the time of `before` by that of `after`; a round is some batches by each in turn."""
-    batches = calibration.sample(_BATCHES).batches
+    """How many times as fast `after` is as `before`: the median over turns on a few batches of the calibration data."""
+    batches = [dict(batch) for batch in calibration.sample(_BATCHES).batches]
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as folder:
-        sessions = []
+        contenders = []
         for name, model in (("before", before), ("after", after)):
-            file = Path(folder) / name / "model.onnx"
-            file.parent.mkdir()
+            file = Path(folder) / f"{name}.onnx"
             graph_file.write(model, file)
-            sessions.append(Session(file, provider=calibration.provider, threads=calibration.threads))
-        for session in sessions:
-            for batch in batches:
-                session.run(batch)
-        ratios, stop = [], time.perf_counter() + seconds
-        for turn in range(_ROUNDS):
-            spent = [0.0, 0.0]
-            for batch in batches:
-                for number in (0, 1) if turn % 2 else (1, 0):
-                    started = time.perf_counter()
-                    sessions[number].run(batch)
-                    spent[number] += time.perf_counter() - started
-            ratios.append(spent[0] / spent[1])
-            if turn >= 4 and time.perf_counter() > stop:
-                break
-    return float(np.median(ratios))
+            session = Session(file, provider=calibration.provider, threads=calibration.threads)
+            contenders.append(Contender(name, calibration.provider, session.run))
+        threads = calibration.threads or default_threads()
+        setting = Setting("calibration", 1, "calibration batches", batches)
+        found = measure(contenders, [setting], rounds=_ROUNDS, max_seconds=seconds, threads=threads)
+    return found[1].ratio_to_reference["median"]
