@@ -50,9 +50,16 @@ class GateFailed(OnnxpressError):
 
 
 class ExportError(OnnxpressError):
-    """The source cannot be exported to ONNX, or the export does not agree with it."""
+    """The source cannot be exported to ONNX, or the export does not agree with it.
+
+    Attributes:
+        backend: The backend that failed, whose place another may take; None where none could do better.
+        branches: It is proven that the model takes another branch at other sizes, so that no trace can be right.
+    """
 
     exit_code = 4
+    backend: str | None = None
+    branches = False
 
 
 class MissingDependency(OnnxpressError):

@@ -64,6 +64,8 @@ class ExportedModel:
 
     Attributes:
         model: The graph; passes change it in place.
+        name: Of its file: `model`, or `decoder_model` and `encoder_model` of an encoder-decoder.
+        companions: The graphs that it works with: the encoder of an encoder-decoder.
         signature: Inputs and outputs.
         task: A name from `contracts.tasks`, or `generic`.
         source: Where it came from.
@@ -73,6 +75,8 @@ class ExportedModel:
         max_length: Longest sequence in tokens that the model's positions allow, or None.
         id2label: Class names, or None.
         fixed_inputs: For a factory, one example input per name; None otherwise.
+        known_inputs: Inputs that the original is known to take, such as those of the calls that were observed. Where
+            there are some, they are what is compared on and timed with.
         original_file: For an `.onnx` source, the file.
         location: The source as it was given, for loading it again in another process; never written anywhere.
         export_details: How the export went: backend, attention implementation, mask form, seconds.
@@ -88,6 +92,9 @@ class ExportedModel:
     max_length: int | None = None
     id2label: dict[int, str] | None = None
     fixed_inputs: dict[str, np.ndarray] | None = None
+    known_inputs: tuple[dict[str, np.ndarray], ...] = ()
     original_file: Path | None = None
     location: str = ""
     export_details: dict[str, Any] = field(default_factory=dict)
+    name: str = "model"
+    companions: tuple[ExportedModel, ...] = ()

@@ -80,18 +80,33 @@ def read(path: Path) -> ir.Model:
     return at_least(model, MINIMUM_OPSET, path.name)
 
 
-def write(model: ir.Model, path: Path) -> int:
+def write(model: ir.Model, path: Path, *, external_from: int | None = None) -> int:
     """Write `model`, with external data beside it as `<name>.onnx_data` when it exceeds protobuf's limit.
 
+    Args:
+        model: Left as it is.
+        path: The `.onnx` file.
+        external_from: Bytes from which weights go to the data file; None: protobuf's limit. What stays in the `.onnx`
+            is in memory, several times, while it is written.
+
     The bytes depend on the model alone. Returns the number of bytes written over all files.
+
+    Weights that lie in a file, or are computed when they are read, are written one at a time. A process that is killed
+    leaves the old file, or none, and a folder `.<name>.partial`, which the next call removes.
+
+    Raises:
+        InputError: The file cannot be written, or there is not enough space for it.
     """
-    large = weight_bytes(model) >= EXTERNAL_DATA_FROM
+    size = weight_bytes(model)
+    large = size >= (EXTERNAL_DATA_FROM if external_from is None else external_from)
     sparse = _sparse_tensors(model)
     # Both files under their final names, which one of them holds, but in a folder of their own until they are complete
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's files must not be moved into place with ours
         partial.mkdir()
+        if large:
+            _check_space(partial, size, path.name)
         for name in sparse:  # they keep their place among the initializers, without data
             model.graph.initializers[name].const_value = ir.Tensor(np.zeros(0, np.float32), name=name)
         if large:
@@ -101,8 +116,7 @@ def write(model: ir.Model, path: Path) -> int:
         if sparse:
             _write_sparse(sparse, partial / path.name)
         written = sum(file.stat().st_size for file in partial.iterdir())
-        for file in sorted(partial.iterdir(), reverse=True):  # the data first: the graph is what is looked for
-            os.replace(file, path.with_name(file.name))
+        into_place(partial, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path.name}: {reason}", next_step="Free some space or choose -o.") from error
@@ -111,6 +125,18 @@ def write(model: ir.Model, path: Path) -> int:
             model.graph.initializers[name].const_value = tensor
         shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def into_place(folder: Path, path: Path) -> None:
+    """Move a file, and the data that it has beside it, from `folder` to where `path` says; both keep their names.
+
+    A process that is killed in between leaves the old file, or none, or the new one with its data.
+    """
+    files = sorted(folder.iterdir(), reverse=True)  # the data first: the graph is what is looked for
+    if len(files) > 1:
+        path.unlink(missing_ok=True)  # in between, an old graph would read the new data
+    for file in files:
+        os.replace(file, path.with_name(file.name))
 
 
 def at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
@@ -122,6 +148,12 @@ def at_least(model: ir.Model, opset: int, name: str) -> ir.Model:
     version = model.opset_imports.get("", opset)
     if version >= opset:
         return model
+    if version < 9 and any(node.op_type == "Scan" and not node.domain for node in model.graph.all_nodes()):
+        # It had a batch and lengths of its own; the converter lets it through as if nothing had changed
+        raise InputError(
+            f"{name} uses Scan of opset {version}, which ONNX's converter does not turn into that of opset {opset}",
+            next_step="Export it again with opset 9 or newer.",
+        )
     try:
         proto = onnx.version_converter.convert_version(ir.to_proto(_in_memory(model)), opset)
         upgraded: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
@@ -160,6 +192,16 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
         nodes += function.all_nodes()
     counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _check_space(folder: Path, size: int, name: str) -> None:
+    """Say so now, not after an hour."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(
+            f"cannot write {name}: it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            next_step="Free some space or choose -o.",
+        )
 
 
 def _spec(value: ir.Value) -> TensorSpec:

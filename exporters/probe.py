@@ -43,26 +43,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Load the original, call it once, and return what that took."""
     import torch
 
-    from .reference import TorchReference
     from .settings import ExportSettings
-    from .sources import folder_of, is_factory
+    from .sources import form_of, load_reference
 
     torch.set_num_threads(options.threads)
     settings = ExportSettings.model_validate_json(options.settings)
     feeds = dict(np.load(options.inputs, allow_pickle=False))
-    if is_factory(options.source):
-        from .factory_source import build
-
-        started = time.perf_counter()
-        module, inputs, _ = build(options.source)
-        reference = TorchReference(module, list(inputs), [], name="pytorch-fp32")
-    else:
+    if form_of(options.source, settings)[0] == "transformers":
         import transformers  # noqa: F401 - imported before the clock starts
 
-        from .transformers_source import load_reference
-
-        started = time.perf_counter()
-        reference = load_reference(folder_of(options.source), options.task, settings)
+    started = time.perf_counter()
+    reference = load_reference(options.source, options.task, settings)
     if options.bfloat16:
         reference.cast_to_bfloat16()
     load_ms = 1000 * (time.perf_counter() - started)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from ..contracts.errors import InputError
+from .blame import place, quiet
 from .exported import Arrays
 
 
@@ -29,6 +31,9 @@ class TorchReference:
         self.input_names, self.output_names = tuple(input_names), tuple(output_names)
         self.device = "cpu"
         self.bfloat16 = False
+        self._writes: bool | None = (
+            None  # whether the module changes its inputs in place; unknown before the first call
+        )
 
     @torch.inference_mode()
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -37,13 +42,31 @@ class TorchReference:
         return dict(zip(self.output_names, (t.cpu().numpy() for t in outputs), strict=True))
 
     def call(self, feeds: Arrays) -> list[torch.Tensor]:
-        """Return the output tensors where they are, without waiting for the device."""
-        return flat_outputs(self.module(*[self._tensor(feeds[name]) for name in self.input_names]))
+        """Return the output tensors where they are, without waiting for the device.
+
+        Raises:
+            InputError: The module's own code refuses these inputs.
+        """
+        tensors = [self._tensor(feeds[name]) for name in self.input_names]
+        kept = tensors if self._writes is False else [tensor.clone() for tensor in tensors]
+        try:
+            outputs = flat_outputs(self.module(*kept))
+        except Exception as error:  # the user's own code
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(self.input_names, tensors, strict=True))
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise InputError(
+                f"the original fails on {shapes}: {type(error).__name__}: {first}{place(error)}",
+                next_step="Give axes that must be equal one name in dynamic_axes, and leave out what is fixed.",
+            ) from error
+        if self._writes is None:
+            self._writes = any(not _same(before, after) for before, after in zip(tensors, kept, strict=True))
+        return outputs
 
     def in_bfloat16(self) -> TorchReference:
         """A copy with weights and float inputs in bfloat16: the peer that people forget."""
-        twin = TorchReference(copy.deepcopy(self.module), self.input_names, self.output_names, name="pytorch-bf16")
-        return twin.to(self.device).cast_to_bfloat16()
+        with quiet():  # torch warns about the gradients of a script's weights, which have none
+            twin = TorchReference(copy.deepcopy(self.module), self.input_names, self.output_names, name="pytorch-bf16")
+            return twin.to(self.device).cast_to_bfloat16()
 
     def cast_to_bfloat16(self) -> TorchReference:
         """Turn the weights and, from now on, float inputs into bfloat16."""
@@ -62,6 +85,10 @@ class TorchReference:
         return tensor.to(torch.bfloat16) if self.bfloat16 and tensor.is_floating_point() else tensor
 
 
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b) or bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
 def named_outputs(result: object, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of a module's result with their names: `output`, `output_1_0`, `logits`, `states_0`.
 
@@ -72,12 +99,17 @@ def named_outputs(result: object, name: str = "output") -> Iterator[tuple[str, t
         yield name, result
     elif isinstance(result, Mapping):  # transformers' ModelOutput too
         for key, value in result.items():
-            yield from named_outputs(value, str(key))
+            yield from named_outputs(value, _readable(str(key)) or name)
     elif isinstance(result, tuple | list):
         for number, value in enumerate(result):
             yield from named_outputs(value, f"{name}_{number}" if len(result) > 1 else name)
     elif result is not None:  # what an option turned off
         raise TypeError(f"the module returns {type(result).__name__}, not tensors")
+
+
+def _readable(name: str) -> str:
+    """A name without line ends and what else cannot be printed."""
+    return "".join(letter if letter.isprintable() else "_" for letter in name).strip()
 
 
 def flat_outputs(result: object) -> list[torch.Tensor]:

@@ -82,8 +82,8 @@ def processor_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in PROCESSOR_FILES if (folder / name).is_file()}
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None when it has no tokenizer files; none of the folder's code is run."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or None when it has no tokenizer files; its code is not run unless it is trusted."""
     known = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
     if not any((folder / n).is_file() for n in known):
         return None
@@ -91,7 +91,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers' Rust side raises bare Exception
         raise InputError(
             f"cannot load the tokenizer of {folder.name}: {(str(error).splitlines() or [''])[0][:200]}",

@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..contracts.decoding import Decoding
 from ..contracts.digest import sha256_of
-from ..contracts.errors import ExportError, InputError
+from ..contracts.errors import InputError
 from ..contracts.tasks import TASKS, Task, task_named
-from .dynamo import export_module, place
-from .encoder import Encoder, pooling_plan
-from .exported import ExportedModel, SourceInfo
+from .backends import chosen, export_with
+from .decoder_text import DecoderText
+from .encoder import pooling_plan
+from .exported import ExportedModel, SourceInfo, Tokenize
+from .families.choice import traces_of
+from .families.encoder_decoder import decoding_samples
+from .families.forward import sample_inputs
+from .families.traced import Traced, plain_kernels
 from .graph_file import signature_of
 from .reference import TorchReference
 from .settings import ExportSettings
+from .streamed_checkpoint import INDEX, Checkpoint
 from .tokenizer import (
     INPUT_ORDER,
     TextInputs,
@@ -33,7 +41,7 @@ from .tokenizer import (
 
 
 def export_folder(folder: Path, name: str, task_name: str | None, settings: ExportSettings) -> ExportedModel:
-    """Export the encoder in `folder` for its task.
+    """Export the model in `folder` for its task.
 
     Args:
         folder: Holds config.json, the weights (safetensors, or a `.bin` that loads with weights_only) and, as a rule,
@@ -44,63 +52,125 @@ def export_folder(folder: Path, name: str, task_name: str | None, settings: Expo
 
     Raises:
         InputError: The folder, its weights or the task do not fit together.
-        ExportError: torch.export refuses the model.
+        ExportError: The model cannot be exported.
     """
-    config = read_config(folder)
-    task = task_named(task_name) if task_name else infer_task(config, name)
-    pooling = pooling_plan(folder, task, settings.pooling)
-    model, missing = _load(folder, task, name)
-    tokenizer = load_tokenizer(folder)
-    names = _input_names(model, tokenizer)
-    output_names = pooling.output_names(task)
-    max_length = longest_sequence(config, tokenizer, folder if pooling.kind != "none" else None)
-
+    loaded = _Loaded(folder, name, task_name, settings)
     started = time.perf_counter()
-    encoder = Encoder(model, pooling, task.outputs)
-    reference = TorchReference(encoder, names, output_names, name="pytorch-fp32")
-    _check_it_runs(encoder, _example(names, config), name)
-    with _eager_attention(model):
-        traced = _with_broadcast_mask(encoder, names, config, max_length)
-        graph = export_module(
-            traced,
-            _example(names, config),
-            output_names=output_names,
-            dynamic_axes={n: {0: "batch", 1: "sequence"} for n in names},
-            opset=settings.opset,
-            strip_prefix="model.",
-        )
-    _refuse_untrained(missing, graph.graph.initializers, task, name)
-    return ExportedModel(
-        model=graph,
-        signature=signature_of(graph),
-        task=task.name,
-        source=SourceInfo(
-            "transformers", name, hash_weights(folder), type(model).__name__, sum(p.numel() for p in model.parameters())
-        ),
-        reference=reference,
-        processor_files=processor_files(folder),
-        tokenize=None if tokenizer is None else TextInputs(tokenizer, dict.fromkeys(names, "int64"), max_length),
-        max_length=max_length,
-        id2label=class_names(config) if task.name.endswith("classification") else None,
-        export_details={
-            "backend": "dynamo",
-            "opset": settings.opset,
-            "pooling": pooling.kind,
-            "reference_attention": getattr(model.config, "_attn_implementation", "eager"),
-            "mask": "broadcast" if traced.broadcast_mask else "as the model builds it",
-            "seconds": round(time.perf_counter() - started, 3),
-        },
-    )
+    with plain_kernels(loaded.model):
+        traces = loaded.traces()
+        graphs = [_graph(trace, settings) for trace in traces]
+    used = {key for graph in graphs for key in graph.graph.initializers}
+    _refuse_untrained(loaded.missing, used, loaded.task, name)
+    seconds = round(time.perf_counter() - started, 3)
+    parts = [loaded.exported(trace, graph, seconds) for trace, graph in zip(traces, graphs, strict=True)]
+    parts[0].companions = tuple(parts[1:])
+    for encoder, trace in zip(parts[1:], traces[1:], strict=True):
+        parts[0].known_inputs += decoding_samples(traces[0], trace, encoder.known_inputs[-1])
+    return parts[0]
 
 
 def load_reference(folder: Path, task_name: str | None, settings: ExportSettings) -> TorchReference:
     """Load the PyTorch original alone, as `export_folder` does: for measuring its load time and memory."""
-    config = read_config(folder)
-    task = task_named(task_name) if task_name else infer_task(config, folder.name)
-    model, _ = _load(folder, task, folder.name)
-    pooling = pooling_plan(folder, task, settings.pooling)
-    names = _input_names(model, load_tokenizer(folder))
-    return TorchReference(Encoder(model, pooling, task.outputs), names, pooling.output_names(task), name="pytorch-fp32")
+    trace = _Loaded(folder, folder.name, task_name, settings).traces()[0]
+    return TorchReference(trace.reference, trace.inputs, trace.outputs, name="pytorch-fp32")
+
+
+def _graph(trace: Traced, settings: ExportSettings) -> Any:
+    graph = export_with(
+        settings.backend,
+        trace.module,
+        trace.examples,
+        output_names=trace.outputs,
+        dynamic_axes=trace.axes,
+        opset=settings.opset,
+        strip_prefix=trace.prefix,
+    )
+    trace.finish(graph)
+    return graph
+
+
+class _Loaded:
+    """A folder that has been read: its model, and what lies beside it."""
+
+    def __init__(self, folder: Path, name: str, task_name: str | None, settings: ExportSettings) -> None:
+        self.folder, self.name, self.settings = folder, name, settings
+        self.config = read_config(folder)
+        self.task = task_named(task_name) if task_name else infer_task(self.config, name)
+        self.pooling = pooling_plan(folder, self.task, settings.pooling)
+        self.preprocessor = _preprocessor(folder)
+        self.model, self.missing = _load(folder, self.task, name, settings)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+        self.max_length = longest_sequence(self.config, self.tokenizer, folder if self.pooling.kind != "none" else None)
+
+    def traces(self) -> list[Traced]:
+        return traces_of(
+            self.model,
+            self.task,
+            pooling=self.pooling,
+            tokenizer=self.tokenizer,
+            preprocessor=self.preprocessor,
+            max_length=self.max_length,
+            cache=self.settings.cache,
+        )
+
+    def exported(self, trace: Traced, graph: Any, seconds: float) -> ExportedModel:
+        """The graph with everything that the rest of the way needs to know of it."""
+        signature = signature_of(graph)
+        names = [spec.name for spec in signature.inputs]
+        tokenize: Tokenize | None = None
+        if self.tokenizer is not None and set(names) <= set(INPUT_ORDER):
+            tokenize = TextInputs(self.tokenizer, dict.fromkeys(names, "int64"), self.max_length)
+        elif self.tokenizer is not None and trace.name == "model" and Decoding.of(signature) is not None:
+            tokenize = DecoderText(self.tokenizer, signature, self.max_length)
+        examples = {name: tensor.numpy() for name, tensor in trace.examples.items() if name in names}
+        return ExportedModel(
+            model=graph,
+            name=trace.name,
+            signature=signature,
+            task=self.task.name,
+            source=SourceInfo(
+                "transformers",
+                self.name,
+                hash_weights(self.folder),
+                type(self.model).__name__,
+                sum(p.numel() for p in self.model.parameters()),
+            ),
+            reference=TorchReference(trace.reference, trace.inputs, trace.outputs, name="pytorch-fp32"),
+            processor_files=processor_files(self.folder),
+            tokenize=tokenize,
+            max_length=self.max_length,
+            id2label=class_names(self.config) if self.task.name.endswith("classification") else None,
+            fixed_inputs=examples if tokenize is None else None,
+            known_inputs=self._samples(trace, tokenize),
+            export_details={
+                "backend": chosen(self.settings.backend),
+                "opset": self.settings.opset,
+                "reference_attention": getattr(self.model.config, "_attn_implementation", "eager"),
+                **trace.details,
+                "seconds": seconds,
+            },
+        )
+
+    def _samples(self, trace: Traced, tokenize: Tokenize | None) -> tuple[dict[str, np.ndarray], ...]:
+        """Inputs to compare on, for models that read no plain text."""
+        if tokenize is not None or {*trace.examples} != {*trace.inputs} or any("past" in n for n in trace.inputs):
+            return ()
+        return sample_inputs(self.model, self.preprocessor, list(trace.examples), trace.examples)
+
+
+def _preprocessor(folder: Path) -> Mapping[str, Any]:
+    """preprocessor_config.json, or processor_config.json's part about images; empty without them."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            found = json.loads((folder / name).read_text("utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder.name}/{name} cannot be read: {error}", next_step="Copy it again.") from error
+        if isinstance(found, dict):
+            inner = found.get("image_processor") or found.get("feature_extractor")
+            return dict(inner) if isinstance(inner, dict) else found
+    return {}
 
 
 def infer_task(config: dict[str, Any], name: str) -> Task:
@@ -109,6 +179,11 @@ def infer_task(config: dict[str, Any], name: str) -> Task:
     from optimum.exporters.tasks import TasksManager
 
     architectures = config.get("architectures") or []
+    for auto_class, place in dict(config.get("auto_map") or {}).items():  # a class of the folder's own
+        if architectures and str(place).rpartition(".")[2] == architectures[0]:
+            fitting = [task for task in TASKS.values() if auto_class in task.auto_classes]
+            if fitting:
+                return fitting[0]
     model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
     if not isinstance(model_class, type):
         raise InputError(f"cannot tell the task of {name} from its config.json", next_step="Add --task.")
@@ -131,22 +206,25 @@ def hash_weights(folder: Path) -> str | None:
     return sha256_of(files) if files else None
 
 
-def _load(folder: Path, task: Task, name: str) -> tuple[torch.nn.Module, set[str]]:
-    """Load in fp32, from this folder alone, running none of its code; return the model and the keys it lacks."""
-    import transformers
+def _load(folder: Path, task: Task, name: str, settings: ExportSettings) -> tuple[Any, set[str]]:
+    """Load in fp32, from this folder alone; return the model and the keys it lacks.
 
+    Code that lies in the folder runs where the settings allow it, and nowhere else.
+    """
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise InputError(
             f"{name} holds no weights (model.safetensors)",
             next_step="Save it with save_pretrained; pickled weights on the hub are not downloaded.",
         )
-    auto_class = getattr(transformers, task.auto_class)
+    if (folder / INDEX).is_file():
+        Checkpoint.open(folder)  # names the shard that is missing or cut short
+    auto_class = _auto_class(folder, task, settings)
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                trust_remote_code=False,
+                trust_remote_code=settings.trust_remote_code,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # refused below, where the tensor can be named
                 output_loading_info=True,
@@ -164,13 +242,30 @@ def _load(folder: Path, task: Task, name: str) -> tuple[torch.nn.Module, set[str
     return model, set(info.get("missing_keys") or ())
 
 
+def _auto_class(folder: Path, task: Task, settings: ExportSettings) -> Any:
+    """The first of the task's classes that knows this kind of model."""
+    import transformers
+
+    classes = [getattr(transformers, name) for name in task.auto_classes]
+    if len(classes) == 1:
+        return classes[0]
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+            )
+    except Exception:  # noqa: BLE001 - loading the model says it better
+        return classes[0]
+    return next((c for c in classes if type(config) in c._model_mapping), classes[0])
+
+
 def _load_error(error: Exception, task: Task, name: str) -> InputError:
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:240]
     if "trust_remote_code" in text:
         return InputError(
-            f"{name} needs its own Python code to load, which onnxpress does not run",
-            next_step="Write a factory that builds the model and pass package.module:factory.",
+            f"{name} needs the Python code in its folder to load",
+            next_step="Read that code, then add --trust-remote-code; or pass a package.module:factory of your own.",
         )
     if "weights_only" in text or "unpickl" in text.lower() or "Unsupported operand" in text:
         return InputError(
@@ -182,7 +277,7 @@ def _load_error(error: Exception, task: Task, name: str) -> InputError:
     return InputError(f"cannot load {name}: {first}", next_step="Check that the folder is complete.")
 
 
-def _refuse_untrained(missing: set[str], initializers: Any, task: Task, name: str) -> None:
+def _refuse_untrained(missing: set[str], initializers: set[str], task: Task, name: str) -> None:
     """A head that the checkpoint lacks is filled with random numbers; exporting that helps nobody."""
     used = sorted(key for key in missing if key in initializers)
     if used:
@@ -190,104 +285,3 @@ def _refuse_untrained(missing: set[str], initializers: Any, task: Task, name: st
             f"{name} has no weights for {task.name}: {used[0]} and {len(used) - 1} more would be random",
             next_step="Choose the --task that the checkpoint was trained for.",
         )
-
-
-def _input_names(model: torch.nn.Module, tokenizer: Any) -> list[str]:
-    accepted = set(inspect.signature(model.forward).parameters)
-    if tokenizer is not None:
-        accepted &= {"input_ids", "attention_mask", *tokenizer.model_input_names}
-    elif getattr(getattr(model, "config", None), "type_vocab_size", 0) < 2:
-        accepted.discard("token_type_ids")
-    names = [n for n in INPUT_ORDER if n in accepted]
-    if "input_ids" not in names:
-        raise ExportError(
-            f"{type(model).__name__} does not read input_ids; only text encoders can be exported by task",
-            next_step="Write a factory and pass package.module:factory.",
-        )
-    return names
-
-
-def _example(names: Sequence[str], config: dict[str, Any], length: int = 7) -> dict[str, torch.Tensor]:
-    """Two sequences, one of them padded on the right; the numbers only have to be valid token ids."""
-    generator = torch.Generator().manual_seed(0)
-    high = max(8, min(int(config.get("vocab_size") or 1000), 1000))
-    shape = (2, length)
-    ids = torch.randint(5, high, shape, generator=generator) if high > 8 else torch.ones(shape, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
-    if isinstance(config.get("pad_token_id"), int):
-        ids[1, -2:] = config["pad_token_id"]
-    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {n: values[n] for n in names}
-
-
-def _check_it_runs(encoder: Encoder, examples: dict[str, torch.Tensor], name: str) -> None:
-    """Tell a checkpoint whose own PyTorch code fails from one that cannot be exported."""
-    try:
-        with torch.no_grad():
-            encoder(*examples.values())
-    except Exception as error:  # whatever the model's code raises
-        first = (str(error).splitlines() or [""])[0][:240]
-        raise InputError(
-            f"{name} fails in PyTorch already: {type(error).__name__}: {first}{place(error)}",
-            next_step="Check that config.json, the weights and --task belong together.",
-        ) from error
-
-
-class _eager_attention:
-    """Within the block, attention is plain MatMul, Softmax, MatMul: the form that every fuser and runtime knows.
-
-    SDPA's ONNX translation adds a NaN check on every score and reshapes the keys twice (12 IsNaN, 36 Slice on
-    BERT-base), for rows that attend to nothing.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model: Any = model
-        self.before = getattr(getattr(model, "config", None), "_attn_implementation", None)
-
-    def __enter__(self) -> None:
-        self._set("eager")
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.before)
-
-    def _set(self, implementation: str | None) -> None:
-        if implementation and hasattr(self.model, "set_attn_implementation"):
-            self.model.set_attn_implementation(implementation)
-
-
-def _with_broadcast_mask(
-    encoder: Encoder, names: Sequence[str], config: dict[str, Any], max_length: int | None
-) -> Encoder:
-    """Hand the model a ready `[batch, 1, 1, sequence]` mask if it proves to give the same outputs.
-
-    transformers builds `[batch, 1, sequence, sequence]` with index arithmetic that ONNX keeps as a dozen nodes; most
-    encoders take a ready mask as it is. Whether this one does is measured here, not looked up, except for attention
-    within a window: it shows only in texts longer than the window, so a config that speaks of one settles it.
-    """
-    if "attention_mask" not in names or _has_window(encoder.model):
-        return encoder
-    candidate = Encoder(encoder.model, encoder.pooling, encoder.outputs, broadcast_mask=True)
-    for length in (7, min(max_length or 200, 200)):
-        examples = _example(names, config, length)
-        keep = examples["attention_mask"].bool()
-        try:
-            with torch.no_grad():
-                wanted, got = encoder(*examples.values()), candidate(*examples.values())
-        except Exception:  # noqa: BLE001 - a model that cannot take the mask may fail in any way; the plain one remains
-            return encoder
-        for a, b in zip(wanted, got, strict=True):
-            if a.shape[:2] == keep.shape:
-                a, b = a[keep], b[keep]
-            if not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max())):
-                return encoder
-    return candidate
-
-
-def _has_window(model: Any) -> bool:
-    """Whether some layer attends to a part of the sequence only, as far as the configuration tells."""
-    config: dict[str, Any] = model.config.to_dict()
-    words = ("window", "local_attention", "attention_chunk")
-    return any(layer != "full_attention" for layer in config.get("layer_types") or ()) or any(
-        value for key, value in config.items() if any(word in key for word in words)
-    )
