@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 from pydantic import Field, model_validator
 
 from ...contracts.errors import InputError, did_you_mean
+from ...exporters.streamed_tensor import streamed
 from ..statistics import Calibration
 from .base import Left, Pass, Plan, register
 from .graph import add_weight, attribute, initializers_of, is_op, is_weight, label, make_node, nodes_of
@@ -128,6 +130,7 @@ class CastPass(Pass):
         low = DATA_TYPES[self.to]
         ends = {value for value in model.graph.outputs if value.dtype == FLOAT}
         counts = {"clamped": 0, "raised_to_smallest": 0}
+        late = _Late(plan.details, self.to)
         for name in plan.details.get("brought_in", ()):
             bring_in_weight(model.graph.initializers[name], self._goal.threshold)
         stay = {value for value in model.graph.inputs if value.dtype == FLOAT} | _values_inside(kept)
@@ -138,7 +141,7 @@ class CastPass(Pass):
             if key not in chosen or _weight_stays(value, held):
                 stay.add(value)
             else:
-                value.const_value = _cast_tensor(value.const_value, self.to, counts)
+                value.const_value = late.cast(value.const_value) or _cast_tensor(value.const_value, self.to, counts)
                 value.type = ir.TensorType(low)
                 cast += 1
         stay |= {node.outputs[i] for node, places in held.items() for i in places.outputs if i < len(node.outputs)}
@@ -252,16 +255,17 @@ def _plan_storage(model: ir.Model, kept: set[ir.Node], to: Precision) -> Plan:
 def _store(model: ir.Model, chosen: set[str], to: Precision, plan: Plan) -> ir.Model:
     """Store weights in 16 bits, each with one cast back to fp32 at the start of its graph."""
     counts = {"clamped": 0, "raised_to_smallest": 0}
+    late = _Late(plan.details, to)
     casts = _Casts(model, to, counts, {})
     for key, value in initializers_of(model).items():
         if key in chosen and value.const_value is not None:
             uses, graph = list(value.uses()), value.graph
             assert isinstance(graph, ir.Graph)
-            value.const_value = _cast_tensor(value.const_value, to, counts)
+            value.const_value = late.cast(value.const_value) or _cast_tensor(value.const_value, to, counts)
             value.type = ir.TensorType(DATA_TYPES[to])
             for use in uses:
                 use.node.replace_input_with(use.idx, casts.cast(value, FLOAT, graph))
-    plan.details = {"weights_cast": len(chosen), "casts_inserted": len(casts.made)}
+    plan.details |= {"weights_cast": len(chosen), "casts_inserted": len(casts.made)}
     return model
 
 
@@ -270,6 +274,33 @@ def _holds_float(constant: ir.Node) -> bool:
     if attr.type == ir.AttributeType.TENSOR:
         return attr.as_tensor().dtype == FLOAT
     return attr.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS)
+
+
+class _Late:
+    """Casts weights that lie in a file when they are read from it, and counts for the report what that changed.
+
+    A tensor may be read more than once, so that what is counted is kept by tensor and place.
+    """
+
+    def __init__(self, details: dict[str, Any], to: Precision) -> None:
+        self.details, self.to = details, to
+        self.clamped: dict[tuple[str, int], int] = {}
+
+    def cast(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+        """The cast tensor, still in its file; None where it is in memory."""
+        in_file = streamed(tensor)
+        if in_file is None or in_file.size == 1:  # a number alone is there for a reason: it may not vanish
+            return None
+        self.details["clamped_when_written"] = 0
+
+        def convert(piece: np.ndarray, start: int) -> np.ndarray:
+            rounded, clamped, _ = round_to(piece, self.to, keep_nonzero=False)
+            if clamped:
+                self.clamped[str(tensor.name), start] = clamped
+                self.details["clamped_when_written"] = sum(self.clamped.values())
+            return rounded
+
+        return in_file.converted(DATA_TYPES[self.to], convert)
 
 
 def _cast_tensor(tensor: ir.TensorProtocol, to: Precision, counts: dict[str, int]) -> ir.TensorProtocol:

@@ -30,9 +30,11 @@ from onnx_ir.passes.common import (
 )
 
 from ...exporters.graph_file import weight_bytes
+from ...exporters.streamed_tensor import streamed
 from ..statistics import Calibration
 from .base import Left, Pass, Plan, register
 from .graph import attribute, consumers, drop_unused_weights, fresh_name, is_op, is_weight, nodes_of
+from .sequence_types import correct_sequence_types
 
 
 @register("clean")
@@ -183,6 +185,7 @@ def _infer_shapes_anew(model: ir.Model) -> int:
                 declared[value] = value.shape
                 value.shape = None
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    correct_sequence_types(model)
     stale = 0
     for value, shape in declared.items():
         if value.shape is None or _agree(shape, value.shape):
@@ -239,6 +242,9 @@ def _fold_transposed_weights(model: ir.Model) -> int:
 
 def _transposed(tensor: Any, name: str) -> ir.LazyTensor:
     """Transposed when it is read, so that the fp32 weights of a large model are not held twice."""
+    in_file = streamed(tensor)
+    if in_file is not None:
+        return in_file.transposed(name)
 
     def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
@@ -256,12 +262,35 @@ def _merge_equal_weights(model: ir.Model) -> dict[str, str]:
             continue
         alike.setdefault((tensor.dtype, tuple(tensor.shape)), []).append(value)
     for values in alike.values():
-        first: dict[bytes, ir.Value] = {}
-        for value in values if len(values) > 1 else ():
-            assert value.const_value is not None
-            kept = first.setdefault(hashlib.sha256(value.const_value.tobytes()).digest(), value)
-            if kept is not value:
-                value.replace_all_uses_with(kept)
-                del model.graph.initializers[str(value.name)]
-                aliases[str(value.name)] = str(kept.name)
+        for group in _alike_at_a_glance(values):
+            first: dict[bytes, ir.Value] = {}
+            for value in group:
+                kept = first.setdefault(_digest(value.const_value), value)
+                if kept is not value:
+                    value.replace_all_uses_with(kept)
+                    del model.graph.initializers[str(value.name)]
+                    aliases[str(value.name)] = str(kept.name)
     return aliases
+
+
+def _alike_at_a_glance(values: list[ir.Value]) -> list[list[ir.Value]]:
+    """Groups of two and more that may be equal: weights in files are told apart by samples, without reading them."""
+    groups: dict[tuple[Any, ...], list[ir.Value]] = {}
+    for value in values if len(values) > 1 else ():
+        in_file = streamed(value.const_value)
+        key = () if in_file is None else (in_file.sample(), in_file.turned, in_file.place.dtype)
+        groups.setdefault(key, []).append(value)
+    if len(groups) > 1 and () in groups:
+        return [values]  # some are in memory, some not
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _digest(tensor: Any) -> bytes:
+    """SHA-256 of the bytes that would be written."""
+    in_file, digest = streamed(tensor), hashlib.sha256()
+    if in_file is None:
+        digest.update(tensor.tobytes())
+        return digest.digest()
+    for piece in in_file.pieces():
+        digest.update(piece.view(np.uint8).data)
+    return digest.digest()

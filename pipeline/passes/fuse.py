@@ -1,38 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fuse`: bring the graph into the shape that ONNX Runtime's CPU provider has its best kernels for.
 
-Each rule is here because it was measured on BERT-base (benchmarks/bert_base.py), and does what the runtime's own
-fusions at load time do not do, or do wrong:
+Each rule that is on was measured faster (benchmarks/fusion.py, benchmarks/bert_base.py), and does what the runtime's
+own fusions at load time do not do, or do wrong; they run in this order:
 
+unpack          com.microsoft's `Attention` and `EmbedLayerNormalization`, which hold weights themselves, become MatMul
+                and Gather beside what is left of them, so that quantizers see the weights; `SkipLayerNormalization`
+                becomes Sum and LayerNormalization, for the reason below. See `contrib`.
+masks           Attention masks without steps that change nothing: 3 to 13 % of a small decoder's time a token. See
+                `fuse_masks`.
+norms           Root mean square normalization in the form that the runtime has a kernel for, and LayerNormalization of
+                what is written out in primitives. See `fuse_norms`.
+rotary          Rotary position embedding as com.microsoft's RotaryEmbedding, on queries and keys as the projections
+                leave them. See `fuse_rotary`.
+grouped_heads   Products with keys and values that query heads share, without the copies. See `grouped_heads`.
 attention       MatMul, scale, mask, Softmax, MatMul and the transposes around them, or the standard `Attention` of
-                opset 23, become com.microsoft's MultiHeadAttention. Of the graphs that torch.export makes, ONNX
-                Runtime's own fuser recognizes no attention, and onnxscript's none of opset 23.
+                opset 23, become com.microsoft's MultiHeadAttention, with its cache where there is one. Of the graphs
+                that torch.export makes, ONNX Runtime's own fuser recognizes no attention, and onnxscript's none of
+                opset 23. See `attention`.
 residual_sum    `LayerNormalization(Add(x, y))` becomes `LayerNormalization(Sum(x, y))`. The runtime would fuse the Add
                 form into SkipLayerNormalization, whose CPU kernel is several times slower than the two kernels that it
                 replaces: 24 of them on [1, 128, 768] take 6.6 ms against 1.9 (benchmarks/residual_norm.py). `Sum` of
                 two is the same function, also standard, and is left alone.
-unpack          com.microsoft's `Attention` and `EmbedLayerNormalization`, which hold weights themselves, become MatMul
-                and Gather beside what is left of them, so that quantizers see the weights; `SkipLayerNormalization`
-                becomes Sum and LayerNormalization, for the reason above. See `contrib`.
+
+gemm            Gemm between reshapes becomes MatMul and Add: as fast in fp32, and 4 to 10 % faster for few tokens when
+                it is quantized. GPT-2's layers are exported so. See `fuse_projections`.
+
+Off:
+
+grouped_query   Attention with a cache becomes com.microsoft's GroupQueryAttention, which appends to the cache in place;
+                it changes what callers may do, see `grouped_query`.
+packed          Products of one input become one product and a Split: no faster, in fp32, int8 or int4, since
+                `quantize_dynamic` quantizes a shared input once anyway; and weights that are joined are no longer the
+                parameters that PyTorch knows, so that pruning cannot replay its plan there. See `fuse_projections`.
+
+There is no rule for the GELU family: the runtime makes Gelu, BiasGelu, FastGelu and QuickGelu of all that torch writes.
 
 References: MultiHeadAttention and Attention in ONNX Runtime's ContribOperators.md; Attention-23 in ONNX's Operators.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ..statistics import Calibration
 from . import contrib
 from .attention import AttentionMatch, match_opset23, match_softmax
+from .attention_nodes import Biases, write_attention
 from .base import Left, Pass, Plan, register
+from .fuse_masks import match_mask, write_mask
+from .fuse_norms import match_layer_norm, match_rms_norm, write_layer_norm, write_rms_norm
+from .fuse_projections import match_gemm, match_shared, write_gemm, write_shared
+from .fuse_rotary import Tables, match_rotary, write_rotary
 from .graph import (
-    MICROSOFT,
-    add_weight,
     attribute,
     constant,
     dims,
@@ -43,8 +68,9 @@ from .graph import (
     nodes_of,
     producer,
     replace_node,
-    replace_value,
 )
+from .grouped_heads import match_grouped, write_grouped
+from .grouped_query import confirm_causal, match_cached, refuse_lengths_of_caches, write_cached
 
 
 @register("fuse")
@@ -52,70 +78,107 @@ class Fuse(Pass):
     """Settings: one switch a rule.
 
     Attributes:
+        unpack: Take com.microsoft's operators that hold weights, and its SkipLayerNormalization, apart.
+        masks: Shorten what computes attention masks.
+        norms: Write normalizations in the form that the runtime has kernels for.
+        rotary: Fuse rotary position embedding.
+        grouped_heads: Multiply with shared keys and values without copying them.
         attention: Fuse attention into MultiHeadAttention.
         residual_sum: Keep residual additions out of the runtime's slower SkipLayerNormalization.
-        unpack: Take com.microsoft's operators that hold weights, and its SkipLayerNormalization, apart.
+        grouped_query: Fuse attention with a cache into GroupQueryAttention, for caches that are updated in place.
+        gemm: Write Gemm between reshapes as MatMul and Add.
+        packed: Join products of one input.
     """
 
     may_be_idle = True
 
+    unpack: bool = True
+    masks: bool = True
+    norms: bool = True
+    rotary: bool = True
+    grouped_heads: bool = True
     attention: bool = True
     residual_sum: bool = True
-    unpack: bool = True
+    gemm: bool = True
+    grouped_query: bool = False
+    packed: bool = False
 
     def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
+        # A rule works on what the rules before it leave, so the plan is made on a copy (which shares the tensors)
         plan = Plan()
-        opset = model.opset_imports.get("", 0)
-        for node in nodes_of(model):
-            for rule, found in self._matches(node):
-                if found is None:
-                    continue
+        trial = model.clone()
+        for rule in self._rules():
+            for node, found in _matches(trial, rule):
                 plan.seen += 1
-                if rule in _NEED_OPSET_17 and opset < 17:
-                    found = f"LayerNormalization needs opset 17, the graph has {opset}"
                 if isinstance(found, str):
                     plan.left.append(Left(label(node), found))
                 else:
-                    plan.actions.append({"rule": rule, "output": node.outputs[0].name})
+                    plan.actions.append({"rule": rule.name, "output": node.outputs[0].name})
         for action in plan.actions:
             plan.details[action["rule"]] = plan.details.get(action["rule"], 0) + 1
         return plan
 
-    def _matches(self, node: ir.Node) -> Iterator[tuple[str, object]]:
-        """Each rule that is on, with what it makes of the node: a match, the reason why not, or None."""
-        if self.attention:
-            yield "attention", _match_attention(node)
-        if self.residual_sum:
-            yield "residual_sum", _match_residual(node)
-        if self.unpack:
-            yield "unpack_attention", contrib.match_attention(node)
-            yield "unpack_embedding", contrib.match_embedding(node)
-            yield "split_skip_norm", contrib.match_skip_norm(node)
-
     def apply(self, model: ir.Model, plan: Plan) -> ir.Model:
-        rules = {a["output"]: a["rule"] for a in plan.actions}
-        masks = _Masks(model)
-        for node in list(nodes_of(model)):
-            rule = rules.get(node.outputs[0].name) if node.outputs else None
-            if rule == "attention":
-                match = _match_attention(node)
-                if isinstance(match, AttentionMatch):
-                    _write_attention(model, match, masks)
-            elif rule == "residual_sum":
-                _write_sum(node)
-            elif rule is not None:
-                _UNPACK[rule](model, node)
-        RemoveUnusedNodesPass()(model)
+        wanted = {(a["rule"], a["output"]) for a in plan.actions}
+        for rule in self._rules():
+            for _ in _matches(model, rule, wanted):
+                pass
+        # A cache that the operator puts in front of the fresh keys is there later than the Concat that did it before
+        model.graph.sort()
+        if self.grouped_query:
+            refuse_lengths_of_caches(model)
         drop_unused_weights(model)
         return model
 
+    def _rules(self) -> Iterator[_Rule]:
+        """The rules that are on, in order."""
+        return (rule for rule in _RULES if getattr(self, rule.setting))
 
-_UNPACK = {
-    "unpack_attention": contrib.write_attention,
-    "unpack_embedding": contrib.write_embedding,
-    "split_skip_norm": contrib.write_skip_norm,
-}
-_NEED_OPSET_17 = ("unpack_embedding", "split_skip_norm")
+
+@dataclass(frozen=True)
+class _Rule:
+    """One rewrite.
+
+    Attributes:
+        name: As the report counts it.
+        setting: The switch that it belongs to.
+        match: What the rule makes of a node: a match, the reason why it stays, or None where it is not about that node.
+        write: Carries a match out; `state` is one dict a run, for what several matches share.
+        confirm: What is left to find out about a match, with the same `state`: gives it back, or the reason.
+        requires: An operator that it writes, and the operator set that has it.
+    """
+
+    name: str
+    setting: str
+    match: Callable[[ir.Node], Any]
+    write: Callable[[ir.Model, ir.Node, Any, dict[str, Any]], None]
+    confirm: Callable[[Any, dict[str, Any]], Any] | None = None
+    requires: tuple[str, int] = ("", 0)
+
+
+def _matches(
+    model: ir.Model, rule: _Rule, wanted: set[tuple[str, str | None]] | None = None
+) -> Iterator[tuple[ir.Node, Any]]:
+    """Carry a rule out wherever it matches (and, if given, is `wanted`), telling of each node that it is about."""
+    state: dict[str, Any] = {}
+    wrote = False
+    opset = model.opset_imports.get("", 0)
+    for node in list(nodes_of(model)):
+        if not node.outputs or (wanted is not None and (rule.name, node.outputs[0].name) not in wanted):
+            continue
+        found = rule.match(node) if node.graph is not None else None
+        if found is None:
+            continue
+        if rule.confirm is not None and not isinstance(found, str):
+            found = rule.confirm(found, state)
+        if opset < rule.requires[1]:
+            found = f"{rule.requires[0]} needs opset {rule.requires[1]}, the graph has {opset}"
+        yield node, found
+        if not isinstance(found, str):
+            rule.write(model, node, found, state)
+            wrote = True
+    if wrote:  # else the next rule would count what nothing needs any more among the readers of a value
+        RemoveUnusedNodesPass()(model)
 
 
 def _match_attention(node: ir.Node) -> AttentionMatch | str | None:
@@ -127,68 +190,8 @@ def _match_attention(node: ir.Node) -> AttentionMatch | str | None:
     return None
 
 
-class _Masks:
-    """Score biases in the form that MultiHeadAttention reads, each made once for all layers that share it."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        self.made: dict[tuple[object, ...], ir.Value] = {}
-
-    def bias_for(self, match: AttentionMatch) -> ir.Value | None:
-        """The mask as additive bias [batch or 1, heads or 1, query length, key length]."""
-        if match.mask is None:
-            return None
-        query_length = (dims(match.query) or (None, None))[1]
-        # Layers share a bias when their query lengths are the same symbol; an unknown length shares nothing
-        key = (match.mask, match.last.graph, query_length if query_length is not None else match.query)
-        if key not in self.made:
-            self.made[key] = self._make(match)
-        return self.made[key]
-
-    def _make(self, match: AttentionMatch) -> ir.Value:
-        mask, graph, name = match.mask, match.last.graph, f"{match.mask.name}_bias" if match.mask else "bias"
-        assert mask is not None
-        assert isinstance(graph, ir.Graph)
-        nodes: list[ir.Node] = []
-        dtype = match.query.dtype
-        assert dtype is not None
-        least = np.asarray(np.finfo(dtype.numpy()).min, dtype.numpy())
-        lowest = add_weight(self.model, self.model.graph, f"{name}_lowest", least)
-        if match.mask_is_boolean:
-            zero = add_weight(self.model, self.model.graph, f"{name}_zero", np.zeros_like(least))
-            nodes.append(make_node("Where", [mask, zero, lowest], [f"{name}_where"]))
-        else:
-            # -inf over a whole row makes the runtime's softmax NaN; the lowest finite number masks just as well
-            nodes.append(make_node("Max", [mask, lowest], [f"{name}_finite"]))
-        if not match.mask_has_all_rows:
-            nodes += self._repeat_rows(match, nodes[-1].outputs[0], name)
-        graph.insert_before(match.first, nodes)
-        return nodes[-1].outputs[0]
-
-    def _repeat_rows(self, match: AttentionMatch, bias: ir.Value, name: str) -> list[ir.Node]:
-        """[b, h, 1 or queries, keys] -> [b, h, queries, keys]: the kernel does not broadcast the third axis."""
-        one = add_weight(self.model, self.model.graph, f"{name}_one", np.ones(1, np.int64))
-        sizes = make_node("Shape", [match.query], [f"{name}_sizes"])
-        length = make_node("Gather", [sizes.outputs[0], one], [f"{name}_length"], attributes={"axis": 0})
-        shape = make_node("Concat", [one, one, length.outputs[0], one], [f"{name}_shape"], attributes={"axis": 0})
-        return [sizes, length, shape, make_node("Expand", [bias, shape.outputs[0]], [f"{name}_rows"])]
-
-
-def _write_attention(model: ir.Model, match: AttentionMatch, masks: _Masks) -> None:
-    graph = match.last.graph
-    assert isinstance(graph, ir.Graph)
-    old = match.output
-    node = make_node(
-        "MultiHeadAttention",
-        [match.query, match.key, match.value, None, None, masks.bias_for(match)],
-        [f"{old.name}_attention"],
-        domain=MICROSOFT,
-        attributes={"num_heads": match.heads, "scale": match.scale},
-    )
-    node.outputs[0].shape, node.outputs[0].type = old.shape, old.type
-    graph.insert_before(match.last, node)
-    replace_value(old, node.outputs[0])
-    model.opset_imports[MICROSOFT] = 1
+def _write_attention(model: ir.Model, node: ir.Node, match: AttentionMatch, state: dict[str, Any]) -> None:
+    write_attention(model, match, state.setdefault("biases", Biases(model)))
 
 
 def _match_residual(node: ir.Node) -> ir.Node | str | None:
@@ -208,8 +211,37 @@ def _over_last_axis(node: ir.Node) -> bool:
     return bool(axis == -1 or (shape is not None and axis == len(shape) - 1))
 
 
-def _write_sum(node: ir.Node) -> None:
-    add = producer(node.inputs[0], "Add")
-    if add is None:
-        return
+def _write_sum(add: ir.Node) -> None:
     replace_node(add, [make_node("Sum", list(add.inputs), [f"{add.outputs[0].name}_sum"])])
+
+
+_LAYER_NORM = ("LayerNormalization", 17)
+
+# Of the arguments, model, node, match and state, a rule takes those that it needs
+_RULES = (
+    _Rule("unpack_attention", "unpack", contrib.match_attention, lambda m, n, f, s: contrib.write_attention(m, n)),
+    _Rule(
+        "unpack_embedding", "unpack", contrib.match_embedding,
+        lambda m, n, f, s: contrib.write_embedding(m, n), requires=_LAYER_NORM,
+    ),
+    _Rule(
+        "split_skip_norm", "unpack", contrib.match_skip_norm,
+        lambda m, n, f, s: contrib.write_skip_norm(m, n), requires=_LAYER_NORM,
+    ),
+    _Rule("mask", "masks", match_mask, lambda m, n, f, s: write_mask(m, n, f), requires=("Unsqueeze with axes", 13)),
+    _Rule("rms_norm", "norms", match_rms_norm, lambda m, n, f, s: write_rms_norm(m, n, f)),
+    _Rule("layer_norm", "norms", match_layer_norm, lambda m, n, f, s: write_layer_norm(m, n, f), requires=_LAYER_NORM),
+    _Rule(
+        "rotary", "rotary", match_rotary,
+        lambda m, n, f, s: write_rotary(m, f, s.setdefault("tables", Tables(m))), requires=("Shape of a part", 15),
+    ),
+    _Rule(
+        "grouped_query", "grouped_query", match_cached,
+        lambda m, n, f, s: write_cached(m, f, s), confirm_causal, ("Shape of a part", 15),
+    ),
+    _Rule("grouped_heads", "grouped_heads", match_grouped, lambda m, n, f, s: write_grouped(m, n, f)),
+    _Rule("gemm", "gemm", match_gemm, lambda m, n, f, s: write_gemm(n, f)),
+    _Rule("attention", "attention", _match_attention, _write_attention),
+    _Rule("residual_sum", "residual_sum", _match_residual, lambda m, n, f, s: _write_sum(f)),
+    _Rule("packed", "packed", match_shared, lambda m, n, f, s: write_shared(m, f)),
+)  # fmt: skip

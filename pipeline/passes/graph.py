@@ -66,6 +66,8 @@ def is_weight(value: ir.Value | None) -> bool:
 
 
 def scalar(value: ir.Value | None) -> float | None:
+    if value is not None and value.const_value is not None and value.const_value.size != 1:
+        return None  # without reading it
     array = constant(value)
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
@@ -108,9 +110,17 @@ def fresh_name(model: ir.Model, wanted: str, graph: ir.Graph | None = None) -> s
 
 def add_weight(model: ir.Model, graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register `array` as an initializer of `graph` under `name` (made unique)."""
-    tensor = ir.Tensor(np.asarray(array, order="C"), name=fresh_name(model, name, graph))
+    return add_tensor(model, graph, name, ir.Tensor(np.asarray(array, order="C")))
+
+
+def add_tensor(model: ir.Model, graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register `tensor`, which may be computed when it is read, as an initializer under `name` (made unique)."""
+    tensor.name = fresh_name(model, name, graph)
     value = ir.Value(
-        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype)
+        name=tensor.name,
+        const_value=tensor,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
     )
     graph.initializers.add(value)
     return value

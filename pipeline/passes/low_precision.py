@@ -18,7 +18,8 @@ import onnx
 import onnx_ir as ir
 
 from ...contracts.errors import InputError
-from .graph import MICROSOFT, is_op, is_weight, label, nodes_of, producer
+from ...exporters.streamed_tensor import streamed
+from .graph import MICROSOFT, attribute, is_op, is_weight, label, nodes_of, producer
 
 Precision = Literal["float16", "bfloat16"]
 
@@ -115,6 +116,8 @@ def round_to(array: np.ndarray, to: Precision, *, keep_nonzero: bool = True) -> 
     """
     largest, smallest = limits(to)
     dtype = DATA_TYPES[to].numpy()
+    if not keep_nonzero and array.size and -largest <= array.min() and array.max() <= largest:
+        return array.astype(dtype), 0, 0  # nearly every weight: four times as fast
     clamped = np.isfinite(array) & (np.abs(array) > largest)
     # Up to half a step beyond the end rounds to it, the rest to infinity; `clip` would take the infinities along
     result = np.where(clamped, np.copysign(np.float32(largest), array), array).astype(dtype)
@@ -226,14 +229,20 @@ def needs_float32(weight: ir.Value) -> bool:
 def peak(weight: ir.Value) -> float:
     """The largest finite absolute value of a weight."""
     assert weight.const_value is not None
-    array = np.abs(weight.const_value.numpy())
-    return float(np.max(array, initial=0, where=np.isfinite(array)))
+    in_file = streamed(weight.const_value)
+    largest = 0.0
+    for piece in [weight.const_value.numpy()] if in_file is None else in_file.pieces():
+        array = np.abs(piece)
+        largest = max(largest, float(np.max(array, initial=0, where=np.isfinite(array))))
+    return largest
 
 
 def why_held(node: ir.Node, to: Precision, opset: int) -> str:
     """The reason for the report why a node of `held_by_kind` keeps fp32; empty where it is not by its operator."""
     if is_foreign(node) or (not node.domain and node.op_type in FLOAT32_ONLY):
         return f"{node.op_type} stays in fp32"
+    if _scatters_sums(node):
+        return f"{node.op_type} sums in fp32"
     if to == "float16" or not _without_bfloat16(node, opset):
         return ""
     newer = () if node.domain else range(opset + 1, onnx.defs.onnx_opset_version() + 1)
@@ -247,6 +256,8 @@ def _places(node: ir.Node) -> Places | None:
         return Places(tuple(range(len(node.inputs))), tuple(range(len(node.outputs))))
     if not node.domain and node.op_type in FLOAT32_ONLY:
         return FLOAT32_ONLY[node.op_type]
+    if _scatters_sums(node):
+        return Places((0, 2), (0,))
     if _dequantizes(node):
         return Places((), (0,))
     if _dequantizes_product(node):
@@ -254,6 +265,13 @@ def _places(node: ir.Node) -> Places | None:
     if is_op(node, "Gather") and is_weight(node.inputs[0]) and any(map(_dequantizes_product, node.successors())):
         return Places((0,), (0,))  # the scales of an int8 embedding
     return None
+
+
+def _scatters_sums(node: ir.Node) -> bool:
+    """Whether values meet in one place, as the messages to a node of a graph do: ONNX Runtime's CPU kernel refuses."""
+    if not (is_op(node, "ScatterND") or is_op(node, "ScatterElements")):
+        return False
+    return bool(attribute(node, "reduction", "none") != "none")
 
 
 def _without_bfloat16(node: ir.Node, opset: int) -> Places | None:

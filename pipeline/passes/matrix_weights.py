@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
+from ...exporters.streamed_tensor import streamed
 from .graph import attribute, consumers, is_op, is_weight, label, make_node, nodes_of, producer, replace_node
 
 _BLOCK = 1 << 20
@@ -104,8 +105,8 @@ def why_no_matrix(node: ir.Node) -> str | None:
     return reason
 
 
-def why_unfit(weight: ir.Value, minimum_elements: int) -> str | None:
-    """Why the numbers themselves cannot be rounded; None if they can. Reads all of them."""
+def why_unfit(weight: ir.Value, minimum_elements: int, *, read: bool = True) -> str | None:
+    """Why the numbers themselves cannot be rounded; None if they can. Reads all of them, unless `read` is false."""
     tensor = weight.const_value
     assert tensor is not None
     if tensor.dtype != ir.DataType.FLOAT:
@@ -114,7 +115,9 @@ def why_unfit(weight: ir.Value, minimum_elements: int) -> str | None:
         return "the weight is empty"
     if tensor.size < minimum_elements:
         return f"the weight has fewer than {minimum_elements} elements"
-    return None if np.isfinite(tensor.numpy()).all() else "the weight holds NaN or infinity"
+    in_file = streamed(tensor)
+    pieces = [] if not read else [tensor.numpy()] if in_file is None else in_file.pieces()
+    return None if all(np.isfinite(piece).all() for piece in pieces) else "the weight holds NaN or infinity"
 
 
 def why_left(
@@ -125,6 +128,7 @@ def why_left(
     operators: Collection[str],
     exclude: Iterable[str],
     one_axis: bool,
+    read: bool = True,
 ) -> str | None:
     """Why a weight stays as it is; None when all of its readers can do with integers.
 
@@ -135,6 +139,7 @@ def why_left(
         operators: Readers of other types keep it.
         exclude: Patterns of node or weight names.
         one_axis: Whether all readers have to share the axis that keeps scales.
+        read: Whether to look for NaN and infinity.
     """
     patterns = tuple(exclude)
     for use in uses:
@@ -146,7 +151,7 @@ def why_left(
             return "excluded by name"
     if one_axis and len({use.axis for use in uses}) > 1:
         return "its readers need scales on different axes"
-    return why_unfit(weight, minimum_elements)
+    return why_unfit(weight, minimum_elements, read=read)
 
 
 def quantize_symmetric(array: np.ndarray, *, axis: int | None, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:

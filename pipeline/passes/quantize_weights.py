@@ -25,6 +25,7 @@ import onnx_ir as ir
 from pydantic import Field, model_validator
 
 from ...contracts.errors import InputError, did_you_mean
+from ...exporters.streamed_tensor import streamed
 from ..quantization.blocks import Grid, Rounded
 from ..quantization.codes import WIDTHS, Bits
 from ..statistics import Calibration
@@ -32,6 +33,7 @@ from .base import Left, Pass, Plan, register
 from .folding import fold_input_scale, scale_matrices
 from .graph import drop_unused_weights, initializers_of, is_op, label, nodes_of
 from .matrix_weights import WeightUse, weights_in_use, why_left, why_no_matrix
+from .weight_only_late import Latest, LateWeight
 from .weight_only_nodes import fills_zero_bytes, form_for, write_weight
 from .weight_only_rounding import Layer, Method, Rounding, kept
 
@@ -89,7 +91,7 @@ class QuantizeWeights(Pass):
 
     def plan(self, model: ir.Model, calibration: Calibration | None = None) -> Plan:
         plan = Plan()
-        layers = self._layers(model, plan)
+        layers = self._layers(model, plan, late=calibration is None)
         self._rounding().run(model, layers, plan, calibration)
         for layer in layers:
             action: dict[str, Any] = {
@@ -100,6 +102,8 @@ class QuantizeWeights(Pass):
                 "form": layer.form,
                 "uses": [{"kind": use.kind, "node": label(use.node)} for use in layer.uses],
             }
+            if layer.late:
+                action["late"] = True
             if layer.scaled_by:
                 action["scaled_by"] = layer.scaled_by
             plan.actions.append(action)
@@ -110,9 +114,14 @@ class QuantizeWeights(Pass):
         folds = _scale_inputs(model, plan)
         uses, by_key = weights_in_use(model), initializers_of(model)
         computed: Counter[str] = Counter()
+        latest = Latest()
         for action in plan.actions:
             weight = by_key[action["weight"]]
-            rounded = self._result(action, weight, uses[weight], plan)
+            rounded: Rounded | LateWeight
+            if action.get("late"):
+                rounded = self._later(action, weight, uses[weight], plan, latest)
+            else:
+                rounded = self._result(action, weight, uses[weight], plan)
             level = self.accuracy_level
             computed.update(write_weight(model, weight, uses[weight], rounded, action["form"], accuracy_level=level))
             # Let go of the fp32 copy now, not at the end: a large model is never held twice
@@ -126,8 +135,11 @@ class QuantizeWeights(Pass):
     def _rounding(self) -> Rounding:
         return Rounding(self.method, self.clip_search, self.damping, self.act_order, self.insert_mul)
 
-    def _layers(self, model: ir.Model, plan: Plan) -> list[Layer]:
-        """The weights to quantize, in graph order; what stays is listed in `plan.left`."""
+    def _layers(self, model: ir.Model, plan: Plan, *, late: bool) -> list[Layer]:
+        """The weights to quantize, in graph order; what stays is listed in `plan.left`.
+
+        With `late`, those that are streamed from a file are left unread until they are written.
+        """
         layers: list[Layer] = []
         names: dict[str, None] = {}
         keys = {weight: key for key, weight in initializers_of(model).items()}
@@ -138,11 +150,16 @@ class QuantizeWeights(Pass):
             if not candidates:
                 continue
             names.update(dict.fromkeys([str(weight.name), *(label(use.node) for use in uses)]))
-            reason = self._why_not(weight, uses)
-            if reason:
-                plan.left += [Left(label(use.node), reason) for use in candidates]
+            unread = late and streamed(weight.const_value) is not None
+            reason = self._why_not(weight, uses, read=not unread)
+            layer = None if reason else self._layer(keys[weight], weight, uses, opset)
+            if layer is not None and unread:
+                layer.late = layer.form == "matmul_nbits"
+                reason = None if layer.late else self._why_not(weight, uses)
+            if layer is None or reason:
+                plan.left += [Left(label(use.node), str(reason)) for use in candidates]
             else:
-                layers.append(self._layer(keys[weight], weight, uses, opset))
+                layers.append(layer)
         for node in nodes_of(model):
             reason = why_no_matrix(node) if is_op(node, "MatMul", "Gemm") else None
             if reason:
@@ -170,7 +187,7 @@ class QuantizeWeights(Pass):
             grid = replace(grid, symmetric=True)
         return Layer(key, weight, uses, grid, form)
 
-    def _why_not(self, weight: ir.Value, uses: list[WeightUse]) -> str | None:
+    def _why_not(self, weight: ir.Value, uses: list[WeightUse], *, read: bool = True) -> str | None:
         """The reason why this weight stays as it is, or None."""
         return why_left(
             weight,
@@ -179,7 +196,18 @@ class QuantizeWeights(Pass):
             operators=self.operators,
             exclude=self.exclude,
             one_axis=True,
+            read=read,
         )
+
+    def _later(
+        self, action: dict[str, Any], weight: ir.Value, uses: list[WeightUse], plan: Plan, latest: Latest
+    ) -> LateWeight:
+        """What rounds a streamed weight when it is written; the report is completed then."""
+        grid, tensor = Grid(WIDTHS[action["bits"]], action["block"], action["symmetric"]), streamed(weight.const_value)
+        assert tensor is not None
+        tensor = tensor if uses[0].axis == 0 else tensor.transposed()
+        rounding, outcome = self._rounding(), plan.details["layers"][action["weight"]]
+        return LateWeight(tensor, lambda matrix: rounding.plain(matrix, grid, None), latest, outcome)
 
     def _result(self, action: dict[str, Any], weight: ir.Value, uses: list[WeightUse], plan: Plan) -> Rounded:
         """The rounded weight: the plan's, or rounded now where AWQ has just scaled it."""

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from ..quantization.blocks import Grid, Rounded
 from ..quantization.codes import WIDTHS, Bits, Width, pack, pack_plane
-from .graph import MICROSOFT, NewNodes, add_weight, constant, is_op, make_node, replace_node
+from .graph import MICROSOFT, NewNodes, add_tensor, add_weight, constant, is_op, make_node, replace_node
 from .matrix_weights import WeightUse, drop_dead_transposes
+from .weight_only_late import LateWeight
 
 Form = Literal["matmul_nbits", "qdq", "unpack"]
 
@@ -66,7 +67,13 @@ def fills_zero_bytes(grid: Grid, columns: int, kinds: set[str]) -> bool:
 
 
 def write_weight(
-    model: ir.Model, weight: ir.Value, uses: Sequence[WeightUse], rounded: Rounded, form: Form, *, accuracy_level: int
+    model: ir.Model,
+    weight: ir.Value,
+    uses: Sequence[WeightUse],
+    rounded: Rounded | LateWeight,
+    form: Form,
+    *,
+    accuracy_level: int,
 ) -> list[str]:
     """Let all readers of `weight` read its quantized form.
 
@@ -74,15 +81,18 @@ def write_weight(
         model: Changed in place; the old weight stays behind without readers.
         weight: float32 [in, out] or [out, in].
         uses: All of its readers, as `weights_in_use` finds them.
-        rounded: [out, in], or [rows, columns] of an embedding.
+        rounded: [out, in], or [rows, columns] of an embedding; only matmul_nbits takes what is rounded later.
         form: See above.
         accuracy_level: Of MatMulNBits: 0 or 1 multiply in fp32, 4 rounds activations to 8 bits, block by block.
 
     Returns:
         By what each use is computed now.
     """
+    kinds, late = {use.kind for use in uses}, rounded if isinstance(rounded, LateWeight) else None
     writer = {"matmul_nbits": _NativeWriter, "qdq": _QdqWriter, "unpack": _UnpackWriter}[form]
-    written = writer(model, weight, rounded, {use.kind for use in uses}, accuracy_level)
+    written = writer(model, weight, late.sample() if late else cast(Rounded, rounded), kinds, accuracy_level)
+    if late is not None:
+        written.late, written.outputs = late, late.shape[0]
     computed = []
     for use in uses:
         if use.kind == "rows":
@@ -99,6 +109,7 @@ class _Writer:
     """Writes one weight. Initializers are made when the first reader needs them, and shared."""
 
     product_by = rows_by = ""
+    late: LateWeight | None = None
 
     def __init__(
         self, model: ir.Model, weight: ir.Value, rounded: Rounded, kinds: set[str], accuracy_level: int
@@ -183,6 +194,7 @@ class _NativeWriter(_Writer):
     ) -> None:
         super().__init__(model, weight, rounded, kinds, accuracy_level)
         self.container = _Container.of(rounded, rows_only=kinds == {"rows"})
+        self.arrays = self._arrays(rounded)
         model.opset_imports[MICROSOFT] = 1
 
     def product(self, node: ir.Node) -> None:
@@ -201,38 +213,52 @@ class _NativeWriter(_Writer):
 
     def rows(self, node: ir.Node) -> None:
         box, name = self.container, str(node.outputs[0].name)
-        scale, *zero = self._grids()
+        packed = self._stored("packed")  # before the scales, which are computed with it
         attributes = {
             "gather_axis": 0,
             "quantize_axis": 1,
             "block_size": box.block,
             "bits": int(box.width.stored_bits),
         }
-        inputs = [self._bytes(), node.inputs[1], scale, *zero]
+        inputs = [packed, node.inputs[1], *self._grids()]
         rows = make_node("GatherBlockQuantized", inputs, [f"{name}_rows"], domain=MICROSOFT, attributes=attributes)
         rows.name = self.name
         new = NewNodes(name)
         self.first(new, rows.outputs[0], box.codes.shape[1], self.columns)
         replace_node(node, [rows, *new.nodes])
 
-    def _grids(self) -> list[ir.Value]:
-        box = self.container
-        grids = [self.stored("scale", box.scales)]
-        return grids if box.zeros is None else [*grids, self.stored("zero_point", pack(box.zeros, box.width))]
+    def _arrays(self, rounded: Rounded) -> dict[str, np.ndarray]:
+        """What is stored, row by row: bytes [N, bytes] ([N, blocks, bytes] if no Gather reads them), scales, zeros."""
+        box = _Container.of(rounded, rows_only=self.kinds == {"rows"})
+        packed = pack(box.codes, box.width)
+        if "rows" not in self.kinds:
+            packed = packed.reshape(len(packed), *self._blocks())
+        arrays = {"packed": packed, "scale": box.scales}
+        return arrays if box.zeros is None else {**arrays, "zero_point": pack(box.zeros, box.width)}
 
-    def _bytes(self) -> ir.Value:
-        """[rows, bytes]"""
-        return self.stored("packed", pack(self.container.codes, self.container.width))
+    def _stored(self, part: str) -> ir.Value:
+        if part not in self.made:
+            if self.late is None:
+                return self.stored(part, self.arrays[part])
+            name, tensor = f"{self.name}_{part}", self.late.part(part, self._arrays)
+            self.made[part] = add_tensor(self.model, self.home, name, tensor)
+        return self.made[part]
+
+    def _grids(self) -> list[ir.Value]:
+        return [self._stored(part) for part in self.arrays if part != "packed"]
+
+    def _blocks(self) -> tuple[int, int]:
+        """Of a row: blocks, bytes of each."""
+        box = self.container
+        return box.scales.shape[1], box.block * int(box.width.stored_bits) // 8
 
     def _matrix(self) -> ir.Value:
         """[N, blocks, bytes of a block]; where a Gather reads the same bytes, reshaped."""
-        box = self.container
-        shape = (self.outputs, box.scales.shape[1], box.block * int(box.width.stored_bits) // 8)
         if "rows" not in self.kinds:
-            return self.stored("packed", pack(box.codes, box.width).reshape(shape))
+            return self._stored("packed")
         if "matrix" not in self.made:
-            target = self.stored("shape", np.asarray(shape, np.int64))
-            node = make_node("Reshape", [self._bytes(), target], [f"{self.name}_blocks"])
+            target = self.stored("shape", np.asarray((self.outputs, *self._blocks()), np.int64))
+            node = make_node("Reshape", [self._stored("packed"), target], [f"{self.name}_blocks"])
             self.home.insert_before(self.home[0], node)
             self.made["matrix"] = node.outputs[0]
         return self.made["matrix"]

@@ -42,6 +42,7 @@ class Layer:
         outcome: For the report: the method that was used in the end, and its error.
         fallback: Why not the method that was asked for.
         scaled_by: The input that AWQ scales, if it does.
+        late: It is rounded when it is written.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Layer:
     outcome: dict[str, Any] = field(default_factory=dict)
     fallback: str | None = None
     scaled_by: str | None = None
+    late: bool = False
 
     @property
     def products(self) -> list[ir.Node]:
@@ -83,7 +85,9 @@ class Rounding:
         """Round all layers, into `plan.arrays`; AWQ's are left to `apply`, when the graph has been scaled."""
         measured = [layer for layer in layers if calibration is not None and self._is_measured(layer)]
         for layer in layers:
-            if layer not in measured:
+            if layer.late:
+                layer.outcome = {"method": self._plain_method}
+            elif layer not in measured:
                 self._round_plain(layer, plan, None)
         if calibration is None:
             return
@@ -99,6 +103,10 @@ class Rounding:
             else:
                 for layer in inputs.layers:
                     self._round_plain(layer, plan, np.diag(inputs.gram))
+
+    @property
+    def _plain_method(self) -> str:
+        return "hqq" if self.method == "hqq" else "rtn"
 
     def plain(self, matrix: np.ndarray, grid: Grid, importance: np.ndarray | None) -> Rounded:
         """Round to nearest, or by HQQ."""
@@ -117,7 +125,7 @@ class Rounding:
     def _round_plain(self, layer: Layer, plan: Plan, importance: np.ndarray | None) -> None:
         matrix = layer.matrix()
         rounded = self.plain(matrix, layer.grid, importance)
-        layer.outcome = {"method": "hqq" if self.method == "hqq" else "rtn"}
+        layer.outcome = {"method": self._plain_method}
         off = sum(float(np.square(part).sum()) for part in _differences(rounded, matrix))
         layer.outcome["weight_sqnr_db"] = _db(float(np.square(matrix, dtype=np.float64).sum()), off)
         keep(plan, layer.key, rounded)

@@ -164,6 +164,34 @@ def test_ranges(infer: bool) -> None:
     close(before, model, {"x": normal(2, 8)})
 
 
+@pytest.mark.parametrize(
+    "operator",
+    ['ScatterND<reduction = "add">(n, i, h)', 'ScatterElements<axis = 0, reduction = "add">(n, e, h)'],
+)
+def test_sums_of_what_meets_in_one_place_keep_fp32(operator: str) -> None:
+    """The messages of a graph network; ONNX Runtime's CPU kernels refuse them in fp16."""
+    text = f"""{HEAD} g (float[4, 8] x, float[8, 8] w, float[2, 8] n, int64[4, 1] i, int64[4, 8] e) =>
+        (float[2, 8] y) {{ h = MatMul(x, w) s = {operator} y = MatMul(s, w) }}"""
+    weights = W | {
+        "n": np.zeros((2, 8), np.float32),
+        "i": np.array([[0], [1], [1], [1]]),
+        "e": np.repeat([[0], [1], [1], [1]], 8, 1),
+    }
+    model, report, before = press(CAST, model_from(text, weights))
+    assert weights_of(model)["w"].dtype == ir.DataType.FLOAT16
+    assert [reason for reason in reasons(report).values() if "sums in fp32" in reason]
+    close(before, model, {"x": normal(4, 8)}, 2e-2)
+
+
+def test_what_is_scattered_without_a_sum_is_cast() -> None:
+    text = f"""{HEAD} g (float[2, 8] x, float[8, 8] w, float[4, 8] n, int64[2, 1] i) => (float[4, 8] y) {{
+        h = MatMul(x, w) s = ScatterND(n, i, h) y = Relu(s) }}"""
+    weights = W | {"n": np.zeros((4, 8), np.float32), "i": np.array([[0], [2]])}
+    model, report, _ = press(CAST, model_from(text, weights))
+    assert not [name for name in reasons(report) if "Scatter" in name]
+    assert count(model)["Cast"] == 2
+
+
 def test_non_max_suppression_keeps_fp32() -> None:
     text = f"""{HEAD} g (float[1, 6, 4] boxes, float[1, 2, 6] scores, float[1] half) => (int64[n, 3] y) {{
         b = Mul(boxes, half) s = Sigmoid(scores) m = Constant<value_ints = [3]>() i = Constant<value_floats = [0.45]>()
