@@ -128,14 +128,19 @@ def write_bundle(
     reference: Run,
     candidate: Run,
     provider: str,
+    load: bool = True,
 ) -> None:
-    """Fill the staging folder around the model that lies in it already, and verify it by loading it afresh."""
+    """Fill the staging folder around the model that lies in it already, and verify it by loading it afresh.
+
+    Without `load`, every hash is verified and no session is made: for a model that does not fit into this machine. Its
+    tolerance allows for what a runtime that optimizes it does to fp16 (ONNX Runtime on CPUs: a hundredth, measured).
+    """
     folder = staging.folder
     try:
         for name, file in exported.processor_files.items():
             shutil.copyfile(file, folder / name)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
-        _write_golden(folder, manifest, golden, reference, candidate)
+        _write_golden(folder, manifest, golden, reference, candidate, slack=1e-4 if load else 2e-2)
         manifest["golden"] = {"index": GOLDEN}
         manifest["files"] = {}
         # Report and card show the files' hashes and are files themselves: they list all but themselves
@@ -150,11 +155,17 @@ def write_bundle(
             path.chmod(0o755 if path.is_dir() else 0o644)
     except OSError as error:
         raise _disk_error(staging.target, error) from error
-    verify(folder, provider=provider)
+    verify(folder, provider=provider, run=load)
 
 
 def _write_golden(
-    folder: Path, manifest: dict[str, Any], golden: Sequence[Case], reference: Run, candidate: Run
+    folder: Path,
+    manifest: dict[str, Any],
+    golden: Sequence[Case],
+    reference: Run,
+    candidate: Run,
+    *,
+    slack: float = 1e-4,
 ) -> None:
     """Golden inputs, the reference's outputs, and how far the candidate is from them (doubled) as tolerance."""
     inputs: dict[str, np.ndarray] = {}
@@ -173,7 +184,7 @@ def _write_golden(
                 )
             scale = np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))
             # Other processors round int8 and float sums differently: allow as much again, and float noise at least
-            tolerance[name] = max(tolerance.get(name, 0.0), 2 * error + 1e-4 * float(scale) + 1e-6)
+            tolerance[name] = max(tolerance.get(name, 0.0), 2 * error + slack * float(scale) + 1e-6)
     (folder / "golden").mkdir()
     # Not save_file: on a full disk it raises an error of its own, without the reason
     (folder / "golden" / "inputs.safetensors").write_bytes(save(inputs))

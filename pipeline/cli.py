@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,7 +37,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 SourceArgument = Annotated[
     str,
-    typer.Argument(help="Transformers folder or hub id, package.module:factory, or .onnx file.", show_default=False),
+    typer.Argument(
+        help="Transformers folder or hub id, package.module:factory, timm:NAME, .pt2, TorchScript archive or .onnx.",
+        show_default=False,
+    ),
 ]
 Task = Annotated[str | None, typer.Option(help="What the model is for; asked of the checkpoint if absent.")]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="Built-in recipe or YAML file.")]
@@ -45,6 +49,12 @@ GateOption = Annotated[list[str] | None, typer.Option("--gate", help="Condition:
 Evaluation = Annotated[str | None, typer.Option(help="Data for the task metric: .tsv .csv .jsonl .npz, ...")]
 Calibration = Annotated[str | None, typer.Option(help="Data for passes that need statistics.")]
 Provider = Annotated[str, typer.Option(help="What runs the model: cpu, openvino, cuda, ...")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code in a transformers folder that needs its own.")
+]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--inputs", help="Example arrays (.npz) for a TorchScript archive. Repeatable.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
 ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; one a physical core if absent.", show_default=False)]
@@ -93,6 +103,8 @@ def press(
     ] = None,
     gate: GateOption = None,
     set_: Set = None,
+    trust_remote_code: Trust = False,
+    inputs: Inputs = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps calibration statistics for the next press on the same data.")
     ] = None,
@@ -105,7 +117,7 @@ def press(
     from .pressing import press as run
     from .show import print_outcome
 
-    chosen = _recipe(recipe, set_, gate)
+    chosen = _recipe(recipe, _settings(set_, trust_remote_code, inputs), gate)
     calibration_data, evaluation_data = load_data(calibration), load_data(evaluation, chosen.validation.examples)
     outcome = run(
         source,
@@ -126,24 +138,29 @@ def press(
 @app.command(epilog="Example: onnxpress export ./my-model -o my-model.onnx --set export.pooling=mean")
 def export(
     source: SourceArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .onnx file to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The .onnx file to write, or a folder: some models are two graphs.")
+    ],
     task: Task = None,
     recipe: RecipeOption = "fp32",
     set_: Set = None,
+    trust_remote_code: Trust = False,
+    inputs: Inputs = None,
     force: ForceFile = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the fp32 graph alone, cleaned, fused and proven against the original; no bundle."""
-    from .verbs import export_file
+    from .exporting import export_file
 
-    result = export_file(source, output, task, _recipe(recipe, set_), force=force, progress=_progress())
-    _print(
-        result,
-        as_json,
-        f"{result['file']}: {result['bytes']:,} bytes, {result['nodes']} nodes, "
-        f"largest relative error {result['relative_error']:.2g}",
-    )
+    chosen = _recipe(recipe, _settings(set_, trust_remote_code, inputs))
+    result = export_file(source, output, task, chosen, force=force, progress=_progress())
+    lines = [
+        f"{part['file']}: {part['bytes']:,} bytes, {part['nodes']} nodes, "
+        f"largest relative error {part['relative_error']:.2g}"
+        for part in (result, *result.get("companions", ()))
+    ]
+    _print(result, as_json, "\n".join(lines))
 
 
 @app.command(epilog="Example: onnxpress validate ./my-model my-model.onnx --evaluation dev.tsv --gate 'cosine >= 0.99'")
@@ -155,6 +172,8 @@ def validate(
     provider: Provider = "cpu",
     gate: GateOption = None,
     set_: Set = None,
+    trust_remote_code: Trust = False,
+    inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -163,7 +182,7 @@ def validate(
     from .show import print_validation
     from .verbs import require_gates, validate_candidate
 
-    settings = _recipe("fp32", set_)
+    settings = _recipe("fp32", _settings(set_, trust_remote_code, inputs))
     data = load_data(evaluation, settings.validation.examples)
     result = validate_candidate(source, candidate, task, data, provider, gate or [], settings, _progress())
     show = partial(print_validation, result, as_json=as_json)
@@ -178,6 +197,8 @@ def benchmark(
     evaluation: Evaluation = None,
     provider: Provider = "cpu",
     set_: Set = None,
+    trust_remote_code: Trust = False,
+    inputs: Inputs = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -186,7 +207,7 @@ def benchmark(
     from .show import print_benchmarks
     from .verbs import benchmark_candidate
 
-    settings = _recipe("fp32", set_)
+    settings = _recipe("fp32", _settings(set_, trust_remote_code, inputs))
     data = load_data(evaluation, settings.validation.examples)
     rows = benchmark_candidate(candidate, reference, task, data, provider, settings, _progress())
     print_benchmarks(rows, as_json=as_json)
@@ -308,6 +329,16 @@ def _recipe(name: str, overrides: list[str] | None = None, gates: list[str] | No
     return load_recipe(name, overrides or [], gates or [])
 
 
+def _settings(overrides: list[str] | None, trust_remote_code: bool, inputs: list[str] | None) -> list[str]:
+    """The options that are short for a `--set`, behind those that the user wrote."""
+    settings = list(overrides or [])
+    if trust_remote_code:
+        settings.append("export.trust_remote_code=true")
+    if inputs:
+        settings.append(f"export.inputs={json.dumps(inputs)}")
+    return settings
+
+
 def _progress() -> Progress:
     from .progress import Progress
 
@@ -317,7 +348,10 @@ def _progress() -> Progress:
 def _name_of(source: str, recipe: str) -> str:
     path = Path(source)
     name = path.resolve().name if path.is_dir() else source.rstrip("/")  # `.` has no name of its own
-    last = name.replace(":", ".").rsplit("/", 1)[-1].removesuffix(".onnx")
+    name = name.partition("@")[0] if name.startswith("timm:") else name
+    last = name.replace(":", ".").rsplit("/", 1)[-1]
+    if path.suffix in (".onnx", ".pt2", ".pt", ".ts", ".jit"):
+        last = last.removesuffix(path.suffix)
     return f"{last or 'model'}-{recipe}"
 
 
@@ -351,6 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: run, and turn every error into one line, its next step and its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     debug, as_json = "--debug" in words, "--json" in words
+    for library in () if debug else ("onnx_ir", "onnxscript"):  # a line a node that they leave as it is
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         command = typer.main.get_command(app)
         code = command.main(args=words, prog_name="onnxpress", standalone_mode=False)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..contracts.errors import InputError
+from ..contracts.tasks import GENERATION
 from ..exporters.exported import ExportedModel
 from . import metrics
 from .data import Dataset, labels_to_ids, labels_to_scores
@@ -28,6 +29,8 @@ def metric_names(exported_task: str, data: Dataset | None) -> list[str]:
         return [*extra, "cosine_to_reference", "cosine_to_reference_min"]
     if exported_task == "token-classification" and data.kind == "words":
         return ["f1", *agreement]
+    if exported_task == GENERATION and data.kind == "text":
+        return ["perplexity", *agreement]
     if exported_task in ("text-classification", "generic") and labelled:
         return ["accuracy", *agreement]
     return agreement
@@ -57,6 +60,8 @@ def evaluate(
     pressed = exported if cut is None else cut.pressed
     if exported.task == "token-classification" and data.kind == "words":
         return _entities(exported, data, reference, candidate, batch, pressed)
+    if exported.task == GENERATION and data.kind == "text":
+        return _language(exported, data, reference, candidate, batch, pressed)
     ours, theirs = [], []
     scores = exported.task == "question-answering"
     if scores and cut is not None:
@@ -182,6 +187,36 @@ def _entities(
     return {
         "f1": _row(metrics.entity_f1(tags[0], gold), metrics.entity_f1(tags[1], gold)),
         "top1_agreement_with_reference": _row(100.0, 100.0 * same / max(total, 1)),
+    }
+
+
+def _language(
+    exported: ExportedModel, data: Dataset, reference: Run, candidate: Run, batch: int, pressed: ExportedModel
+) -> dict[str, dict[str, float | None]]:
+    """Perplexity of the texts, each read from its beginning and cut at the model's limit; `drop` is in percent of it.
+
+    Agreement is that of the most likely next tokens, at every position.
+    """
+    if pressed is not exported:
+        raise InputError(
+            "perplexities over different vocabularies cannot be compared",
+            next_step="Leave prune_vocabulary out for text-generation, or leave --evaluation out.",
+        )
+    (batches, _), sums = _batches(exported, data, batch), np.zeros(2)
+    tokens = same = 0
+    for feeds in batches:
+        ids, mask = feeds["input_ids"], feeds["attention_mask"].astype(bool)
+        logits = [np.asarray(run(feeds)["logits"])[:, :-1] for run in (reference, candidate)]
+        counts = mask[:, 1:] & mask[:, :-1]
+        sums += [metrics.negative_log_likelihood(part[counts], ids[:, 1:][counts]) for part in logits]
+        same += int((logits[0].argmax(-1) == logits[1].argmax(-1))[counts].sum())
+        tokens += int(counts.sum())
+    if not tokens:
+        raise InputError(f"{data.name} holds no text of two tokens", next_step="Give longer texts.")
+    wanted, got = (float(value) for value in np.exp(sums / tokens))
+    return {
+        "perplexity": {**_row(wanted, got), "drop": round(100.0 * (got / wanted - 1.0), 6)},
+        "top1_agreement_with_reference": _row(100.0, 100.0 * same / tokens),
     }
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..contracts.decoding import Decoding
 from ..contracts.errors import InputError
 from ..contracts.signature import Signature, TensorSpec
 from ..exporters.exported import ExportedModel
 from ..runtime.benchmark import Setting
 from .data import Dataset
+from .decoder_inputs import decoder_feeds, decoding_of, mask_of_output, step_after
 from .recipe import BenchmarkSettings, CalibrationSettings
 
 Feeds = dict[str, np.ndarray]
@@ -39,11 +41,13 @@ class Case:
         name: For the report, such as `3 x 17, padded left`.
         feeds: Input name to array.
         text: The text behind it, for the golden samples.
+        decoder: Whether the outputs belong to the last tokens of a longer sequence (see `decoder_inputs`).
     """
 
     name: str
     feeds: Feeds
     text: str | None = None
+    decoder: bool = False
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -51,9 +55,21 @@ class Case:
         mask = self.feeds.get("attention_mask")
         return None if mask is None or mask.ndim != 2 else mask.astype(bool)
 
+    def mask_for(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Where an output of this shape counts, bool over its leading axes; None where all of it does."""
+        mask = self.mask
+        if mask is None or len(shape) < 2:
+            return None
+        if self.decoder:
+            return mask_of_output(mask, shape)
+        return mask if shape[:2] == mask.shape else None
+
 
 def comparison_cases(exported: ExportedModel, data: Dataset | None) -> list[Case]:
     """Batches of different shapes, by tokenizer where there is one, from the data or the signature otherwise."""
+    decoding = decoding_of(exported)
+    if decoding is not None:
+        return [Case(name, feeds, decoder=True) for name, feeds in decoder_feeds(exported, decoding, HARD_TEXTS)]
     if exported.tokenize is not None:
         return _text_cases(exported)
     if data is not None and data.kind == "arrays":
@@ -68,12 +84,20 @@ def golden_cases(exported: ExportedModel, data: Dataset | None) -> list[Case]:
     if exported.tokenize is not None:
         tokenize = exported.tokenize
         cases = [Case(f"text {i}", tokenize([text]), text) for i, text in enumerate(HARD_TEXTS)]
-        return [case for case in cases if all(array.size for array in case.feeds.values())]
+        return [case for case in cases if _reads_something(case.feeds)]
     return comparison_cases(exported, data)[:2]
+
+
+def _reads_something(feeds: Feeds) -> bool:
+    """Whether there is anything in the main input, which stands first; a cache may well be empty."""
+    return bool(next(iter(feeds.values())).size)
 
 
 def benchmark_settings(exported: ExportedModel, data: Dataset | None, settings: BenchmarkSettings) -> list[Setting]:
     """Batch 1 at the data's own lengths, and the fixed, compute-bound batch: they give very different answers."""
+    decoding = decoding_of(exported)
+    if decoding is not None:
+        return _decoder_settings(exported, decoding, settings)
     if exported.tokenize is not None:
         return _text_settings(exported, data, settings)
     fixed = fixed_batch(exported.signature)
@@ -83,6 +107,10 @@ def benchmark_settings(exported: ExportedModel, data: Dataset | None, settings: 
         starts = range(0, len(data) - one + 1, one)[: settings.rounds]
         single = [stack(exported.signature, data, start, one) for start in starts]
         many = stack(exported.signature, data, 0, batch)
+    elif len(exported.known_inputs) > 1:
+        by_size = sorted(exported.known_inputs, key=lambda feeds: sum(array.size for array in feeds.values()))
+        single, many = [dict(by_size[0])], dict(by_size[-1])
+        one, batch = _rows(single[0]), _rows(many)
     else:
         axis = _batch_axis(exported.signature)
         single = [shaped_inputs(exported, {axis: one}, seed=i) for i in range(4)]
@@ -91,6 +119,17 @@ def benchmark_settings(exported: ExportedModel, data: Dataset | None, settings: 
     if _shapes(many) != rows[0].shape:
         rows.append(Setting("throughput", batch, _shapes(many), [many]))
     return rows
+
+
+def _decoder_settings(exported: ExportedModel, decoding: Decoding, settings: BenchmarkSettings) -> list[Setting]:
+    """One more token after a text, as most calls are; and a batch of whole texts, as the first ones are."""
+    length = min(n for n in (settings.sequence, (exported.max_length or 10**6) - 1) if n is not None)
+    step = step_after(exported, decoding, length)
+    ids = np.resize(step["input_ids"], (settings.batch, length))
+    return [
+        Setting("latency", 1, f"1 token after {length}", [step]),
+        Setting("throughput", settings.batch, f"{settings.batch} x {length} tokens", [decoding.feeds(ids, keep=1)]),
+    ]
 
 
 def _text_settings(exported: ExportedModel, data: Dataset | None, settings: BenchmarkSettings) -> list[Setting]:
@@ -149,7 +188,7 @@ def calibration_batches(exported: ExportedModel, data: Dataset, settings: Calibr
     if exported.tokenize is not None:
         texts, pairs = dataset_texts(chosen)
         single = [exported.tokenize([t], None if pairs is None else [pairs[i]]) for i, t in enumerate(texts)]
-        single = [feeds for feeds in single if all(array.size for array in feeds.values())]
+        single = [feeds for feeds in single if _reads_something(feeds)]
     elif chosen.kind == "arrays":
         single = [_unpadded(exported.signature, stack(exported.signature, chosen, i, 1)) for i in range(len(chosen))]
     else:
@@ -171,7 +210,12 @@ def calibration_batches(exported: ExportedModel, data: Dataset, settings: Calibr
             f"{data.name}: no batch of {size} examples of one shape, the model's fixed size",
             next_step=f"Give at least {size} examples, or export with a dynamic batch.",
         )
-    return [{name: np.concatenate([feeds[name] for feeds in group]) for name in group[0]} for group in groups]
+    return [{name: _joined([feeds[name] for feeds in group]) for name in group[0]} for group in groups]
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One batch; a scalar is the same for all."""
+    return np.concatenate(arrays) if arrays[0].ndim else arrays[0]
 
 
 def _unpadded(signature: Signature, feeds: Feeds) -> Feeds:
@@ -230,22 +274,54 @@ def _padded_left(feeds: Feeds) -> Feeds | None:
 
 
 def _shape_cases(exported: ExportedModel) -> list[Case]:
+    known = [Case(f"call {i}, {_shapes(feeds)}", dict(feeds)) for i, feeds in enumerate(exported.known_inputs, start=1)]
+    return known if len(known) > 1 else [*known, *_random_cases(exported)]
+
+
+def _random_cases(exported: ExportedModel) -> list[Case]:
+    """Three batches of different sizes, all axes of size 1 among them; others where the original refuses these.
+
+    A stack of convolutions has a smallest image, and a top-k a smallest choice: what the original cannot compute is
+    nothing to compare with.
+    """
     axes = list(exported.signature.dynamic_axes())
     if any(spec.shape[:1] == (None,) for spec in exported.signature.inputs):
         axes.insert(0, UNNAMED_BATCH)
-    sizes: Sequence[dict[str, int]] = [{}]
-    if axes:
-        sizes = [
-            {axis: 2 + i for i, axis in enumerate(axes)},
-            dict.fromkeys(axes, 1),
-            {axis: 5 - (i % 3) for i, axis in enumerate(axes)},
-        ]
-    return [
-        Case(
-            ", ".join(f"{axis} {n}" for axis, n in size.items()) or "fixed shape", shaped_inputs(exported, size, seed=i)
-        )
-        for i, size in enumerate(sizes)
+    if not axes:
+        return [Case("fixed shape", shaped_inputs(exported, {}, seed=0))]
+    example = {axis: known for axis in axes if (known := _example_size(exported, axis)) is not None}
+    sizes = [
+        {axis: 2 + i for i, axis in enumerate(axes)},
+        dict.fromkeys(axes, 1),
+        {axis: 5 - (i % 3) for i, axis in enumerate(axes)},
+        example,
+        {axis: size + 1 for axis, size in example.items()},
+        {axis: 2 * size for axis, size in example.items()},
     ]
+    cases: list[Case] = []
+    for seed, size in enumerate(sizes):
+        name = ", ".join(f"{axis} {n}" for axis, n in size.items())
+        case = Case(name, shaped_inputs(exported, size, seed=seed))
+        if len(cases) < 3 and size and _computes(exported, case):
+            cases.append(case)
+    return cases or [Case("as in the example", shaped_inputs(exported, example, seed=0))]
+
+
+def _example_size(exported: ExportedModel, axis: str) -> int | None:
+    for spec in exported.signature.inputs:
+        if axis in spec.shape and spec.name in (exported.fixed_inputs or {}):
+            return int((exported.fixed_inputs or {})[spec.name].shape[spec.shape.index(axis)])
+    return None
+
+
+def _computes(exported: ExportedModel, case: Case) -> bool:
+    """Whether the original, where it is another than the graph, takes these inputs."""
+    try:
+        if exported.reference is not None:
+            exported.reference.run(case.feeds)
+    except InputError:
+        return False
+    return True
 
 
 def shaped_inputs(exported: ExportedModel, sizes: Mapping[str, int], *, seed: int) -> Feeds:
@@ -257,7 +333,29 @@ def shaped_inputs(exported: ExportedModel, sizes: Mapping[str, int], *, seed: in
         seed: Of the random numbers.
     """
     rng = np.random.default_rng(seed)
-    return {spec.name: _random(spec, exported.fixed_inputs, sizes, rng) for spec in exported.signature.inputs}
+    made = {spec.name: _random(spec, exported.fixed_inputs, sizes, rng) for spec in exported.signature.inputs}
+    examples = exported.fixed_inputs or {}
+    for spec in exported.signature.inputs:
+        if spec.name in examples and np.issubdtype(made[spec.name].dtype, np.integer):
+            limit = _highest(spec, exported.signature, examples, made)
+            made[spec.name] = np.minimum(made[spec.name], limit)
+    return made
+
+
+def _highest(spec: TensorSpec, signature: Signature, examples: Mapping[str, np.ndarray], made: Feeds) -> int:
+    """The largest value that an integer input may take beside the other inputs, as far as the example tells.
+
+    Edges name nodes, and lengths count steps: what stays within another input's dynamic axis in the example, an axis
+    that the input does not have itself, stays within it at other sizes.
+    """
+    highest = int(examples[spec.name].max(initial=0))
+    limit = int(made[spec.name].max(initial=0))
+    for other in (other for other in signature.inputs if other.name in examples):
+        for axis, dim in enumerate(other.shape):
+            size = examples[other.name].shape[axis]
+            if isinstance(dim, str) and dim not in spec.shape and highest <= size:
+                limit = min(limit, made[other.name].shape[axis] - (1 if highest < size else 0))
+    return limit
 
 
 def _random(
@@ -269,6 +367,7 @@ def _random(
         known = example.shape[axis] if example is not None else 2
         name = dim if dim is not None else UNNAMED_BATCH if axis == 0 else ""
         shape.append(name if isinstance(name, int) else sizes.get(name, known))
+    seen = example if example is not None and example.size else None
     if spec.name == "attention_mask":
         return np.ones(shape, dtype=spec.dtype)
     if spec.dtype == "bool":
@@ -276,9 +375,9 @@ def _random(
     if spec.dtype == "string":
         raise InputError(f"input '{spec.name}' is text", next_step="Give example inputs with --evaluation FILE.npz.")
     if np.issubdtype(np.dtype(spec.dtype), np.integer):
-        low, high = (int(example.min()), int(example.max())) if example is not None else (0, 1)
+        low, high = (int(seen.min()), int(seen.max())) if seen is not None else (0, 1)
         return rng.integers(low, high + 1, shape).astype(spec.dtype)
-    mean, spread = (float(example.mean()), float(example.std()) or 1.0) if example is not None else (0.0, 1.0)
+    mean, spread = (float(seen.mean()), float(seen.std()) or 1.0) if seen is not None else (0.0, 1.0)
     return (mean + spread * rng.standard_normal(shape)).astype(spec.dtype)
 
 
@@ -292,6 +391,11 @@ def _batch_axis(signature: Signature) -> str:
     """What the graph calls its batch: the first input's first axis, whatever its name."""
     first = signature.inputs[0].shape[0] if signature.inputs and signature.inputs[0].shape else None
     return first if isinstance(first, str) else UNNAMED_BATCH
+
+
+def _rows(feeds: Feeds) -> int:
+    first = next(iter(feeds.values()))
+    return int(first.shape[0]) if first.ndim else 1
 
 
 def _filled(data: Dataset, batch: int) -> int:
@@ -309,4 +413,5 @@ def _shape(feeds: Feeds) -> str:
 
 
 def _shapes(feeds: Feeds) -> str:
-    return ", ".join("x".join(str(n) for n in array.shape) or "scalar" for array in feeds.values())
+    shapes = ["x".join(str(n) for n in array.shape) or "scalar" for array in feeds.values()]
+    return ", ".join(shapes[:4] + (["..."] if len(shapes) > 4 else []))  # a cache has two for each layer

@@ -180,6 +180,19 @@ def tensor_errors(reference: ArrayLike, candidate: ArrayLike, mask: ArrayLike | 
     return errors.result()
 
 
+def negative_log_likelihood(logits: ArrayLike, targets: ArrayLike) -> float:
+    """Sum of -log softmax(logits)[target], in nats and float64; logits [tokens, vocabulary], targets [tokens]."""
+    scores, chosen = np.asarray(logits), np.asarray(targets)
+    total = 0.0
+    step = max(1, _CHUNK // max(1, scores.shape[-1]))
+    for start in range(0, len(scores), step):
+        part = scores[start : start + step].astype(np.float64)
+        highest = part.max(axis=-1, keepdims=True)
+        log_sums = highest[:, 0] + np.log(np.exp(part - highest).sum(axis=-1))
+        total += float((log_sums - part[np.arange(len(part)), chosen[start : start + step]]).sum())
+    return total
+
+
 class ErrorAccumulator:
     """The distance between a reference's and a candidate's outputs, over any number of batches.
 

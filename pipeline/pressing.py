@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +15,11 @@ import onnx_ir as ir
 
 from ..contracts.errors import InputError
 from ..contracts.tasks import FEATURES
-from ..exporters import graph_file, sources
+from ..exporters import graph_file
+from ..exporters.attempts import load_proven
 from ..exporters.exported import ExportedModel
 from ..exporters.graph_file import operator_counts, signature_of
+from ..exporters.streamed_checkpoint import folder_to_stream
 from ..exporters.vocabulary_cut import cut_exported
 from ..runtime import machine as machine_facts
 from ..runtime import probe as onnx_probe
@@ -34,11 +35,12 @@ from .inputs import Feeds, benchmark_settings, calibration_batches, comparison_c
 from .passes.base import Pass, PassReport, run_pass
 from .passes.clean import Clean
 from .progress import Progress
+from .proof import prove_export
 from .recipe import Recipe
 from .renumbering import Renumbering
 from .statistics import Calibration
 from .token_identity import CutVocabulary, vocabulary_facts, vocabulary_warning
-from .validate import Parity, Run, compare, require_export_parity
+from .validate import Parity, Run, compare
 from .versions import versions
 
 BASELINE = "onnx-fp32"
@@ -103,18 +105,39 @@ def press(
     require_provider(provider)
     gates = recipe.parsed_gates()
     _check_calibration(recipe, calibration)
+    large = folder_to_stream(source, task, recipe.export.weights)
+    if large is not None:
+        from .streaming import press_streamed
+
+        if evaluation is not None:
+            raise InputError(
+                "a model whose weights are streamed is not evaluated",
+                next_step="Leave --evaluation out; validate the bundle on a machine with enough memory.",
+            )
+        label = name or large.resolve().name
+        return Outcome(*press_streamed(large, label, recipe, output, task=task, force=force, progress=say))
     with Staging(output, force=force) as staging:
         say("export", name or source)
-        exported = sources.load(source, task, recipe.export)
-        exported.location = source
-        gate_rules.check_names(gates, metric_names(exported.task, evaluation))
-        run = _Run(exported, recipe, provider, evaluation, staging.scratch, say)
-        baseline = run.export_baseline()
+        proven: list[tuple[_Run, Path]] = []
+
+        def prove(exported: ExportedModel) -> None:
+            exported.location = source
+            gate_rules.check_names(gates, metric_names(exported.task, evaluation))
+            _check_companions(exported, calibration)
+            runs = [_Run(exported, recipe, provider, evaluation, staging.scratch, say)]
+            runs += [_Run(part, recipe, provider, None, staging.scratch, say) for part in exported.companions]
+            proven[:] = [(run, run.export_baseline()) for run in runs]
+
+        exported = load_proven(source, task, recipe.export, prove, progress=say)
+        (run, baseline), *companions = proven
         if calibration is not None:
             run.calibrate_with(calibration, cache)
-        reports = run.apply_passes(staging.variant_path(recipe.file_name))
-        manifest = run.measure_all(baseline, staging.variant_path(recipe.file_name))
+        file = staging.variant_path(run.file_name)
+        reports = run.apply_passes(file)
+        manifest = run.measure_all(baseline, file)
         manifest["passes"] = [report.to_json() for report in reports]
+        pressed = [other.press_beside(staging.variant_path(other.file_name)) for other, _ in companions]
+        manifest |= {"companions": pressed} if pressed else {}
         manifest["source"] = {**exported.source.to_json(), **({"name": name} if name else {})}
         manifest["name"] = staging.target.name
         values = _gate_values(manifest, run.parity)
@@ -127,6 +150,15 @@ def press(
         golden = golden_cases(run.pressed, evaluation)
         write_bundle(staging, manifest, run.pressed, recipe, golden, run.reference, run.candidate, provider)
         return Outcome(manifest, staging.publish())
+
+
+def _check_companions(exported: ExportedModel, calibration: Dataset | None) -> None:
+    """Refuse to measure activations of a model of several graphs: what one reads, another has to compute first."""
+    if exported.companions and calibration is not None:
+        raise InputError(
+            f"{exported.source.name} becomes {1 + len(exported.companions)} graphs; none alone can be calibrated",
+            next_step="Use a recipe that needs no calibration, such as int8-dynamic, or press each exported graph.",
+        )
 
 
 def _check_calibration(recipe: Recipe, calibration: Dataset | None) -> None:
@@ -179,6 +211,11 @@ class _Run:
         """The model as the candidate's consumers read it."""
         return self.exported if self.cut is None else self.cut.pressed
 
+    @property
+    def file_name(self) -> str:
+        """`model_quantized.onnx`, or `decoder_model_quantized.onnx` for one of several graphs."""
+        return self.recipe.file_name.replace("model", self.exported.name, 1)
+
     def _reference(self) -> Run:
         if self.exported.reference is not None:
             import torch
@@ -196,15 +233,22 @@ class _Run:
 
     def export_baseline(self) -> Path:
         """Write the exported graph, cleaned and otherwise untouched, and prove that it is the original."""
-        file = self.scratch / "baseline.onnx"
+        file = self.scratch / f"{self.exported.name}-baseline.onnx"
         cleaned, _ = run_pass(Clean(), self.exported.model.clone())
         self.cleaned = cleaned
         written = graph_file.write(cleaned, file)
         original = self.exported.original_file
         self.reference_bytes = graph_file.file_bytes(original) if original else written
         self.say("compare", "exported graph with the original")
-        self.export_parity = self._compare(self._session(file).run)
-        require_export_parity(self.export_parity, self.recipe.validation.export_tolerance)
+        self.export_parity = prove_export(
+            self.exported,
+            file,
+            self.reference,
+            self.cases,
+            self.recipe.validation.export_tolerance,
+            provider=self.provider,
+            threads=self.threads,
+        )
         return file
 
     def calibrate_with(self, data: Dataset, cache: Path | None) -> None:
@@ -243,6 +287,21 @@ class _Run:
         self.candidate_bytes = graph_file.write(model, file)
         self.exported.model = model
         return reports
+
+    def press_beside(self, file: Path) -> dict[str, Any]:
+        """Press a graph that the main one works with, such as an encoder: passes, parity and size, for the manifest."""
+        reports = self.apply_passes(file)
+        self.say("compare", f"{file.name} with the original")
+        parity = self._compare(self._session(file).run)
+        return {
+            "name": self.exported.name,
+            "path": f"onnx/{file.name}",
+            "signature": signature_of(self.exported.model).to_json(),
+            "parity": parity.to_json(),
+            "export_parity": self.export_parity.to_json(),
+            "size": {"reference_bytes": self.reference_bytes, "candidate_bytes": self.candidate_bytes},
+            "passes": [report.to_json() for report in reports],
+        }
 
     def _renumber(self, settings: Pass, cut: Renumbering) -> None:
         """A pass cut the vocabulary: cut the tokenizer, and let everything that follows count in new ids."""
@@ -363,7 +422,7 @@ class _Run:
             command = onnx_probe.command(path, example, provider=self.provider, threads=self.threads)
             return Contender(variant, self.provider, self._session(path).run, command)
 
-        contenders = self._torch_contenders(example)
+        contenders = self._torch_contenders(feeds, example)
         if not contenders:
             assert self.exported.original_file is not None
             contenders.append(onnx("onnx-original", self.exported.original_file))
@@ -371,7 +430,7 @@ class _Run:
             contenders.append(onnx(BASELINE, baseline))
         return [*contenders, onnx(self.recipe.name, file)]
 
-    def _torch_contenders(self, example: Path) -> list[Contender]:
+    def _torch_contenders(self, feeds: Feeds, example: Path) -> list[Contender]:
         reference: Any = self.exported.reference
         if reference is None:
             return []
@@ -379,13 +438,13 @@ class _Run:
 
         command = [sys.executable, "-P", "-m", "onnxpress.exporters.probe", self._source_argument()]
         command += ["--inputs", str(example), "--threads", str(self.threads), "--task", self.exported.task]
-        command += ["--settings", json.dumps(self.recipe.to_json()["export"])]
+        command += ["--settings", self.recipe.export.model_dump_json(context={"paths": True})]
         if self.provider == "cuda":
             reference = reference.to("cuda")
             return [Contender("pytorch-fp32", "pytorch-cuda", reference.run)]
         contenders = [Contender("pytorch-fp32", "pytorch", reference.run, command)]
-        if bfloat16_is_native():
-            twin = reference.in_bfloat16()
+        twin = reference.in_bfloat16() if bfloat16_is_native() else None
+        if twin is not None and _runs(twin.run, feeds):
             contenders.append(Contender("pytorch-bf16", "pytorch", twin.run, [*command, "--bfloat16"]))
         return contenders
 
@@ -408,6 +467,15 @@ class _Run:
         if self.evaluation is None:
             warnings.append("No evaluation data was given: accuracy was not measured, only the outputs were compared.")
         return warnings
+
+
+def _runs(run: Run, feeds: Feeds) -> bool:
+    """Whether a module that was cast takes its inputs: one that was traced in fp32, or that names fp32, may not."""
+    try:
+        run(feeds)
+    except InputError:
+        return False
+    return True
 
 
 def _unsteady(benchmarks: list[dict[str, Any]]) -> list[str]:

@@ -32,8 +32,15 @@ class Parity:
     cases: list[dict[str, Any]] = field(default_factory=list)
 
     def worst(self, key: str, *, lowest: bool) -> float | None:
-        """The lowest (or highest) value of one error over all outputs, NaN if any is; None where no output has it."""
-        return _worst([errors.get(key) for errors in self.outputs.values()], lowest=lowest)
+        """The lowest (or highest) value of one error over all outputs, NaN if any is; None where no output has it.
+
+        Outputs without any element count only where there are no others.
+        """
+        return _worst([errors.get(key) for errors in self.with_elements().values()], lowest=lowest)
+
+    def with_elements(self) -> Mapping[str, Mapping[str, float | None]]:
+        """The outputs that have anything to compare; where none has, all."""
+        return {n: errors for n, errors in self.outputs.items() if errors.get("elements", 1)} or self.outputs
 
     def to_json(self) -> dict[str, dict[str, float | None]]:
         return {name: {k: json_number(v) for k, v in errors.items()} for name, errors in self.outputs.items()}
@@ -59,12 +66,11 @@ def compare(reference: Run, candidate: Run, cases: Sequence[Case], *, classes: b
                     f"output '{name}' is {list(expected.shape)} in the original and {shape} in the graph ({case.name})",
                     next_step="Run again with --debug and report it.",
                 )
-            mask = case.mask
-            masked = mask is not None and expected.ndim >= 2 and expected.shape[:2] == mask.shape
+            mask = case.mask_for(expected.shape)
             one = ErrorAccumulator()
             for accumulator in (totals.setdefault(name, ErrorAccumulator()), one):
-                accumulator.add(expected, actual, mask if masked else None)
-            if masked and mask is not None and not mask.all():
+                accumulator.add(expected, actual, mask)
+            if mask is not None and not mask.all():
                 hidden.setdefault(name, ErrorAccumulator()).add(expected, actual, ~mask)
             rows.append(one.result())
         parity.cases.append(_case_row(case.name, rows))
@@ -100,7 +106,7 @@ def require_export_parity(parity: Parity, tolerance: float) -> None:
     """
     if not parity.outputs:
         raise ExportError("the exported graph could not be compared with the original: no input fits it")
-    for name, errors in parity.outputs.items():
+    for name, errors in parity.with_elements().items():
         error = errors["relative_error"]
         if error is None or not error <= tolerance:
             # None stands for an error without bound, see json_number

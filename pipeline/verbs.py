@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that are one stage of a press: export, validate, benchmark, inspect."""
+"""The verbs that are one stage of a press: validate, benchmark, inspect (`export` is in `exporting`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..contracts.errors import BundleError, InputError
 from ..contracts.signature import Signature
 from ..contracts.tasks import FEATURES
 from ..exporters import graph_file, sources
+from ..exporters.attempts import load_proven
 from ..exporters.exported import ExportedModel, SourceInfo
 from ..runtime import machine as machine_facts
 from ..runtime.benchmark import Contender, measure
@@ -27,51 +28,15 @@ from .passes.clean import Clean
 from .progress import Progress
 from .recipe import Recipe
 from .token_identity import cut_of_bundle
-from .validate import Run, compare, require_export_parity
+from .validate import Run, compare
 
 _LOWEST = ("sqnr_db", "cosine", "top1_agreement")
 _HIGHEST = ("max_abs_error", "relative_error")
 """The errors that a gate may name, by which end of them over all outputs is the worst."""
 
 
-def export_file(
-    source: str, output: Path, task: str | None, recipe: Recipe, *, force: bool, progress: Progress
-) -> dict[str, Any]:
-    """Write the graph after the recipe's passes to `output`, if it agrees with the original."""
-    if output.suffix != ".onnx":
-        raise InputError(f"{output} does not end in .onnx", next_step="Name the file, such as -o model.onnx.")
-    if output.exists() and not force:
-        raise InputError(f"{output} exists", next_step="Add --force to replace it.")
-    progress("export", source)
-    exported = sources.load(source, task, recipe.export)
-    reference = reference_run(exported)
-    model = exported.model
-    for settings in recipe.built_passes():
-        model, _ = run_pass(settings, model)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {output}: {reason}", next_step="Choose another -o.") from error
-    draft = output.with_name(f".{output.stem}.draft.onnx")
-    try:
-        size = graph_file.write(model, draft)
-        progress("compare", "exported graph with the original")
-        parity = compare(reference, Session(draft).run, comparison_cases(exported, None))
-        require_export_parity(parity, recipe.validation.export_tolerance)
-        size = graph_file.write(model, output)
-    finally:
-        draft.unlink(missing_ok=True)
-        draft.with_name(draft.name + "_data").unlink(missing_ok=True)
-    return {
-        "file": str(output),
-        "bytes": size,
-        "nodes": len(model.graph),
-        "task": exported.task,
-        "signature": graph_file.signature_of(model).to_json(),
-        "parity": parity.to_json(),
-        "relative_error": parity.worst("relative_error", lowest=False),
-    }
+def _trusted(exported: ExportedModel) -> None:
+    """No check: the original alone is wanted, and what names its inputs and outputs is the graph."""
 
 
 def reference_run(exported: ExportedModel) -> Run:
@@ -116,7 +81,7 @@ def validate_candidate(
             raise InputError(f"gate '{gate.expression}' is not measured by validate", next_step="Use: onnxpress press.")
     session = Session(model_file(candidate), provider=provider)
     progress("export", source)
-    exported = sources.load(source, task, recipe.export)
+    exported = load_proven(source, task, recipe.export, _trusted, progress=progress)
     check_names(parsed, metric_names(exported.task, data))
     reference = original = reference_run(exported)
     cut = cut_of_bundle(exported, candidate)
@@ -165,7 +130,7 @@ def benchmark_candidate(
     contenders = [ours]
     if reference is not None:
         progress("export", reference)
-        exported = sources.load(reference, task, recipe.export)
+        exported = load_proven(reference, task, recipe.export, _trusted, progress=progress)
         if exported.reference is not None:
             import torch
 

@@ -51,6 +51,7 @@ class OnnxRuntimeEngine:
         threads: Threads that one operator may use.
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
         external: Name of an external data file -> its bytes, uint8 [size], where the model is bytes too.
+        in_place: Leave the weights in their file, see `Session`.
 
     Raises:
         InputError: It is no ONNX model, or ONNX Runtime cannot run it.
@@ -66,8 +67,10 @@ class OnnxRuntimeEngine:
         threads: int,
         profile_to: Path | None,
         external: Mapping[str, Array] | None = None,
+        in_place: bool = False,
     ) -> None:
-        self.session, self.load_ms = _load(model, provider, full_name, threads, profile_to, external or {})
+        loaded = _load(model, provider, full_name, threads, profile_to, external or {}, in_place=in_place)
+        self.session, self.load_ms = loaded
         self.threads = threads
         self.signature = Signature(
             tuple(_spec(node) for node in self.session.get_inputs()),
@@ -144,6 +147,8 @@ def _load(
     threads: int,
     profile_to: Path | None,
     external: Mapping[str, Array],
+    *,
+    in_place: bool,
 ) -> tuple[Any, float]:
     """Return an `onnxruntime.InferenceSession` on the provider, and the milliseconds that creating it took."""
     ort = onnxruntime()
@@ -151,6 +156,9 @@ def _load(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it could not find; the check below says it
             ort.preload_dlls()  # CUDA and cuDNN from pip's nvidia packages, when torch did not bring them
     options = _options(ort, threads, profile_to)
+    if in_place:  # what is folded, cast or prepacked is a copy in memory
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if external:
         names, arrays = list(external), list(external.values())
         options.add_external_initializers_from_files_in_memory(names, arrays, [array.size for array in arrays])

@@ -98,6 +98,8 @@ class Session:
         provider: A key of `PROVIDERS`.
         threads: Threads that one operator may use; by default one a usable physical core.
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
+        in_place: Leave the weights in their file and read them from there in each run: for a model that is larger than
+            memory. ONNX Runtime only, and slow: nothing is fused, folded or prepacked.
 
     Attributes:
         provider: The provider that runs the model, as asked for.
@@ -117,11 +119,14 @@ class Session:
         provider: str = "cpu",
         threads: int | None = None,
         profile_to: Path | None = None,
+        in_place: bool = False,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be 1 or more, not {threads}")
         self.provider = provider
-        self._engine, unpacking_ms = _engine(model, provider, threads or default_threads(), profile_to)
+        self._engine, unpacking_ms = _engine(
+            model, provider, threads or default_threads(), profile_to, in_place=in_place
+        )
         self.threads, self.load_ms = self._engine.threads, self._engine.load_ms + unpacking_ms
         self.signature = self._engine.signature
         self._inputs = {spec.name: spec for spec in self.signature.inputs}
@@ -171,7 +176,9 @@ class Session:
                 raise InputError(f"input '{name}' is {got}: the model wants {_wanted(spec)}")
 
 
-def _engine(model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None) -> tuple[Engine, float]:
+def _engine(
+    model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None, *, in_place: bool
+) -> tuple[Engine, float]:
     """Load the model into the engine that the provider belongs to; return it and the milliseconds of unpacking."""
     full_name = require_provider(provider)
     if not isinstance(model, bytes) and not Path(model).is_file():
@@ -187,9 +194,17 @@ def _engine(model: str | Path | bytes, provider: str, threads: int, profile_to: 
         model, external = unpacked.model.tobytes(), unpacked.external
     unpacking_ms = (time.perf_counter() - started) * 1e3
     if provider == OPENVINO:
+        if in_place:
+            raise InputError("OpenVINO cannot leave weights in their file", next_step="Use --provider cpu.")
         return openvino_engine.OpenVinoEngine(model, threads=threads, profile_to=profile_to), unpacking_ms
     engine = OnnxRuntimeEngine(
-        model, provider=provider, full_name=full_name, threads=threads, profile_to=profile_to, external=external
+        model,
+        provider=provider,
+        full_name=full_name,
+        threads=threads,
+        profile_to=profile_to,
+        external=external,
+        in_place=in_place,
     )
     return engine, unpacking_ms
 

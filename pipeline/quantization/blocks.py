@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from .codes import Width
 
 _PIECE = 1 << 18
 """Elements that are rounded at a time: some arrays of that size stay in the processor's cache."""
+
+_STRIP = 1 << 20
+"""Elements that are copied at a time, so that their blocks follow each other."""
 
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 """Parts of the full range that the search tries."""
@@ -77,12 +81,17 @@ class Rounded:
         rows, columns = self.codes.shape
         length = self.grid.length(columns)
         result = np.empty((rows, columns), np.float32)
-        for start in range(0, columns, length):
-            part, block = slice(start, start + length), start // length
-            zero = self.grid.width.zero if self.zeros is None else self.zeros[:, block, None].astype(np.float32)
-            np.multiply(self.codes[:, part], np.float32(self.grid.width.stride), out=result[:, part])
-            result[:, part] -= zero
-            result[:, part] *= self.scales[:, block, None]
+        for part, blocks, size in _alike(columns, length):
+            shape = (rows, -1, size)
+            zero = self.grid.width.zero if self.zeros is None else self.zeros[:, blocks, None].astype(np.float32)
+            values: np.ndarray = np.multiply(
+                self.codes[:, part].reshape(shape), self.grid.width.stride, dtype=np.float32
+            )
+            values -= zero
+            values *= self.scales[:, blocks, None]
+            if part.stop - part.start == columns:
+                return values.reshape(rows, columns)
+            result[:, part] = values.reshape(rows, -1)
         return result
 
     def part(self, rows: slice) -> Rounded:
@@ -127,22 +136,72 @@ def round_blocks(
     codes = np.empty((rows, columns), np.uint8)
     steps = np.empty((rows, blocks), np.float32)
     zeros = np.empty((rows, blocks), np.uint8) if grid.has_zeros else None
-    step = max(1, _PIECE // length)
-    for block in range(blocks):
-        part = slice(block * length, min((block + 1) * length, columns))
-        weight = None if importance is None else importance[None, part].astype(np.float32)
+    choose, plain = scales or partial(find_scales, clip_search=clip_search), not scales and not clip_search
+    plain = plain and grid.width.uniform
+    # In a transposed matrix one block's columns lie beside each other already, and numpy works along them
+    turned = matrix.strides[0] < matrix.strides[1]
+    for part, some_blocks, size in _each(columns, length) if turned else _alike(columns, length):
+        weight = None if importance is None else importance[part].astype(np.float32).reshape(-1, size)
+        step = max(1, _STRIP // (part.stop - part.start))
         for start in range(0, rows, step):
-            some = slice(start, start + step)
-            values = matrix[some, part].astype(np.float32)
-            if scales is not None:
-                scale, zero = scales(values, grid)
-            else:
-                scale, zero = find_scales(values, grid, clip_search=clip_search, importance=weight)
-            codes[some, part] = nearest(values, scale, zero, grid.width)
-            steps[some, block] = scale[:, 0]
+            some = slice(start, min(start + step, rows))
+            # One block a row, behind each other: some columns of a matrix would be read all over the memory
+            strip = np.asarray(matrix[some, part], np.float32, order="K" if turned else "C").reshape(-1, size)
+            found = _round_strip(strip, grid, choose, weight, plain=plain)
+            codes[some, part] = found[0].reshape(some.stop - start, -1)
+            steps[some, some_blocks] = found[1].reshape(some.stop - start, -1)
             if zeros is not None:
-                zeros[some, block] = zero[:, 0]
+                zeros[some, some_blocks] = found[2].reshape(some.stop - start, -1)
     return Rounded(codes, steps, zeros, grid)
+
+
+def _round_strip(
+    strip: np.ndarray,
+    grid: Grid,
+    scales: Callable[..., tuple[np.ndarray, np.ndarray]],
+    weight: np.ndarray | None,
+    *,
+    plain: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [B, block], scales and zero points [B] of blocks that follow each other, row by row.
+
+    Args:
+        strip: float32 [B, block].
+        grid: The integers to round to.
+        scales: Chooses scale and zero point.
+        weight: Of the squared errors in the blocks of a row, [blocks of a row, block]; None: all the same.
+        plain: Whether scales follow from smallest and largest value alone.
+    """
+    count, size = strip.shape
+    codes, steps, zeros = np.empty(strip.shape, np.uint8), np.empty(count, np.float32), np.empty(count, np.uint8)
+    step = max(1, _PIECE // size)
+    for start in range(0, count, step):
+        some = slice(start, min(start + step, count))
+        # Sums depend on their order, and numpy's order on how an array lies in memory: that of the matrix may not count
+        values = strip[some] if plain else np.asfortranarray(strip[some])
+        if weight is None:
+            scale, zero = scales(values, grid)
+        else:
+            scale, zero = scales(values, grid, importance=weight[np.arange(start, some.stop) % len(weight)])
+        codes[some] = nearest(values, scale, zero, grid.width)
+        steps[some], zeros[some] = scale[:, 0], zero[:, 0]
+    return codes, steps, zeros
+
+
+def _each(columns: int, length: int) -> Iterator[tuple[slice, slice, int]]:
+    """As `_alike`, one block at a time."""
+    for block, start in enumerate(range(0, columns, length)):
+        stop = min(start + length, columns)
+        yield slice(start, stop), slice(block, block + 1), stop - start
+
+
+def _alike(columns: int, length: int) -> Iterator[tuple[slice, slice, int]]:
+    """Columns that are whole blocks, and the shorter block that may be left: columns, blocks, size of each block."""
+    whole = columns // length
+    if whole:
+        yield slice(0, whole * length), slice(0, whole), length
+    if whole * length < columns:
+        yield slice(whole * length, columns), slice(whole, whole + 1), columns - whole * length
 
 
 def find_scales(

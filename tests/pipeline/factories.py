@@ -35,3 +35,16 @@ def lstm() -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]
 
 def broken() -> None:
     raise ValueError("no weights today")
+
+
+class Signed(nn.Module):
+    """Takes its path by the input's values: torch.export refuses it, a script keeps both branches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() > 0):
+            return x * 2 + x.mean(1, keepdim=True)
+        return x.cumsum(1)
+
+
+def signed() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Signed(), {"x": torch.randn(2, 64)}

@@ -94,7 +94,7 @@ def test_a_transformers_folder_with_a_pickle_in_it_runs_nothing(refused: Callabl
 
 @pytest.mark.parametrize(
     ("task", "next_step"),
-    [("text-clasification", "Did you mean 'text-classification'?"), ("xyz", "Known: feature-extraction, fill-mask,")],
+    [("text-clasification", "Did you mean 'text-classification'?"), ("xyz", "Known: audio-classification, audio-")],
 )
 def test_a_wrong_task(refused: Callable[..., str], net: Path, task: str, next_step: str) -> None:
     assert refused(2, net, "--task", task).startswith(f"unknown task '{task}'. {next_step}")

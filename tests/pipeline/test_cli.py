@@ -267,7 +267,7 @@ def test_an_unexpected_exception_is_one_line_and_with_debug_a_traceback(
     verb: str, onnxpress: Run, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = {
-        "press": "pressing.press", "export": "verbs.export_file", "validate": "verbs.validate_candidate",
+        "press": "pressing.press", "export": "exporting.export_file", "validate": "verbs.validate_candidate",
         "benchmark": "verbs.benchmark_candidate", "inspect": "verbs.inspect_model", "recipes": "recipe.built_in",
         "doctor": "doctor.examine",
     }  # fmt: skip

@@ -236,3 +236,47 @@ def test_the_names_that_are_announced_are_those_that_are_measured(task: str, dat
 
 def test_without_data_no_metric_is_announced() -> None:
     assert metric_names("text-classification", None) == []
+
+
+def _language_model(probability: float) -> Run:
+    """Gives the token that really follows `probability`, and the 299 others what is left in equal parts."""
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids = np.asarray(feeds["input_ids"])
+        follow = np.concatenate([ids[:, 1:], ids[:, :1]], axis=1)
+        spread = np.full((*ids.shape, 300), (1.0 - probability) / 299, np.float64)
+        np.put_along_axis(spread, follow[..., None], probability, axis=-1)
+        return {"logits": np.log(spread).astype(np.float32)}
+
+    return run
+
+
+def test_perplexity_by_hand_and_its_drop_in_percent() -> None:
+    data = _labelled(("a longer text", None), ("short", None), ("another one", None))
+    for batch in (1, 2, 3):  # padding must not count
+        result = evaluate(_reader("text-generation"), data, _language_model(0.5), _language_model(0.25), batch)
+        assert result["perplexity"]["reference"] == pytest.approx(2.0, rel=1e-5)
+        assert result["perplexity"]["candidate"] == pytest.approx(4.0, rel=1e-5)
+        assert result["perplexity"]["drop"] == pytest.approx(100.0, rel=1e-4)
+        assert result["top1_agreement_with_reference"]["candidate"] == 100.0
+
+
+def test_agreement_is_counted_at_every_position() -> None:
+    def other(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        logits = _language_model(0.5)(feeds)["logits"]
+        logits[:, 0] = -logits[:, 0]  # the first token that follows is no longer the likeliest
+        return {"logits": logits}
+
+    data = _labelled(("abc", None))  # five tokens with their frame: four that follow another
+    result = evaluate(_reader("text-generation"), data, _language_model(0.5), other, 1)
+    assert result["top1_agreement_with_reference"]["candidate"] == 75.0
+
+
+def test_a_text_of_one_token_has_no_perplexity() -> None:
+    class OneToken(LetterTokenizer):
+        def __call__(self, *args: Any, **settings: Any) -> dict[str, np.ndarray]:
+            return {name: array[:, :1] for name, array in super().__call__(*args, **settings).items()}
+
+    reader = exported(TEXT_INPUTS, task="text-generation", tokenize=OneToken())
+    with pytest.raises(InputError, match="holds no text of two tokens"):
+        evaluate(reader, _labelled(("a", None)), _language_model(0.5), _language_model(0.5), 1)

@@ -206,6 +206,51 @@ def test_an_input_of_strings_needs_an_example() -> None:
         shaped_inputs(exported({"text": ("string", ("batch",))}), {}, seed=0)
 
 
+def test_numbers_that_point_into_another_input_stay_within_it_at_every_size() -> None:
+    """Edges name nodes, lengths count steps; ids point into a table, whose size has nothing to do with an input's."""
+    spec = {
+        "features": ("float32", ("nodes", 3)),
+        "edges": ("int64", (2, "edges")),
+        "lengths": ("int64", ("batch",)),
+        "ids": ("int64", ("batch", "nodes")),
+    }
+    example = {
+        "features": np.zeros((6, 3), np.float32),
+        "edges": np.array([[0, 5, 2], [1, 1, 1]]),
+        "lengths": np.array([6, 2]),
+        "ids": np.array([[90, 91, 92, 93, 94, 95]] * 2),
+    }
+    for nodes in (1, 2, 6, 50):
+        for seed in range(5):
+            sizes = {"nodes": nodes, "edges": 40, "batch": 7}
+            feeds = shaped_inputs(exported(spec, fixed_inputs=example), sizes, seed=seed)
+            assert 0 <= feeds["edges"].min() <= feeds["edges"].max() < min(nodes, 6)
+            assert feeds["lengths"].max() <= nodes
+            assert feeds["ids"].min() >= 90
+
+
+def test_examples_without_elements() -> None:
+    spec = {"x": ("float32", ("batch", 0)), "ids": ("int64", ("batch", 0))}
+    example = {"x": np.zeros((2, 0), np.float32), "ids": np.zeros((2, 0), np.int64)}
+    feeds = shaped_inputs(exported(spec, fixed_inputs=example), {"batch": 4}, seed=0)
+    assert (feeds["x"].shape, feeds["ids"].shape) == ((4, 0), (4, 0))
+
+
+def test_sizes_that_the_original_refuses_are_replaced_by_others() -> None:
+    class Reference:
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if feeds["x"].shape[1] < 4:
+                raise InputError("kernel size can't be greater than actual input size")
+            return {"y": feeds["x"]}
+
+    model = exported({"x": ("float32", ("batch", "height"))}, fixed_inputs={"x": np.zeros((2, 9), np.float32)})
+    model.reference = Reference()
+    cases = comparison_cases(model, None)
+    assert [case.feeds["x"].shape for case in cases] == [(5, 4), (2, 9), (3, 10)]
+    model.fixed_inputs = None
+    assert [case.feeds["x"].shape for case in comparison_cases(model, None)] == [(5, 4)]
+
+
 def test_a_graph_of_fixed_sizes_has_one_case() -> None:
     (case,) = comparison_cases(exported({"x": ("float32", (2, 3))}), None)
     assert case.name == "fixed shape"

@@ -167,3 +167,13 @@ def test_a_mask_is_read_from_the_case() -> None:
     assert PADDED.mask is not None
     assert PADDED.mask.dtype == bool
     assert _case(attention_mask=np.ones((2, 1, 1, 3))).mask is None
+
+
+def test_outputs_without_elements_count_only_where_there_are_no_others() -> None:
+    some, none = np.ones((2, 3), np.float32), np.ones((0, 3), np.float32)
+    parity = compare(lambda _: {"y": some, "z": none}, lambda _: {"y": some, "z": none}, [Case("only", {})])
+    assert parity.worst("relative_error", lowest=False) == 0
+    require_export_parity(parity, 1e-3)
+    parity = compare(lambda _: {"z": none}, lambda _: {"z": none}, [Case("only", {})])
+    with pytest.raises(ExportError, match="'z' departs"):
+        require_export_parity(parity, 1e-3)

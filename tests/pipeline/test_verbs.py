@@ -74,7 +74,7 @@ def test_a_wrong_export_is_refused_with_4(
     onnxpress: Run, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = graph_file.read(write_net(tmp_path / "other.onnx", seed=1))
-    monkeypatch.setattr("onnxpress.pipeline.verbs.run_pass", lambda settings, model: (other, None))
+    monkeypatch.setattr("onnxpress.pipeline.exporting.run_pass", lambda settings, model: (other, None))
     result = onnxpress("export", net, "-o", tmp_path / "out.onnx")
     assert (result.code, result.out) == (4, "")
     assert result.error.startswith("onnxpress: the exported graph is wrong: output 'logits' departs")

@@ -100,7 +100,7 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     one = 8 * 64 * 16 * 4
-    assert peaks[1] < peaks[0] + one
+    assert peaks[1] < peaks[0] + 4 * one  # 36 more batches, of which none may stay; Python itself keeps some bytes
     assert peaks[0] > one, "the values of a batch were fetched"
 
 
