@@ -21,6 +21,7 @@ _WHAT = {
     "fastestdet": "FastestDet, with its .onnx",
     "ultralight_face/models/onnx": "Ultra-Light-Fast-Generic-Face-Detector-1MB, .onnx",
     "onnx_zoo": "small .onnx files of ONNX Runtime's examples",
+    "data_planetoid": "Cora with Planetoid's split in one .npz",
     "data_sst2": "SST-2: train.tsv and dev.tsv, sentence TAB label",
 }
 

@@ -79,9 +79,11 @@ class TestPooling:
         [
             ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
             ({"pooling_mode": "mean"}, "mean"),
-            ({"pooling_mode_max_tokens": True}, None),
+            ({"pooling_mode_max_tokens": True}, "max"),
             ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
-            ({"pooling_mode": "lasttoken"}, None),
+            ({"pooling_mode": "lasttoken"}, "lasttoken"),
+            ({"pooling_mode": ["cls", "mean"]}, None),
+            ({"pooling_mode": "median"}, None),
             ({"nothing": 1}, None),
         ],
     )

@@ -111,6 +111,21 @@ class TestForms:
         assert [s.name for s in exported.signature.inputs] == ["first", "input_1", "input_2"]
         agrees(exported, tmp_path, first=(3, 4), input_1=(3, 4), input_2=(3, 4))
 
+    def test_by_keyword_with_gaps_lists_dicts_and_plain_values(
+        self, load: Callable[[str], ExportedModel], tmp_path: Path
+    ) -> None:
+        exported = load("""
+            class Mixed(nn.Module):
+                def forward(self, a, b=None, c=None, *, more=None, factor=1.0):
+                    assert b is None
+                    return (a + c[0] + more["bias"]) * factor
+            def make():
+                x = torch.randn(2, 4)
+                return Mixed(), {"factor": 3.0, "more": {"bias": x, "none": None}, "c": [x, 7], "a": x}
+            """)
+        assert [s.name for s in exported.signature.inputs] == ["a", "c_0", "more_bias"]
+        agrees(exported, tmp_path, a=(3, 4), c_0=(3, 4), more_bias=(3, 4))
+
     def test_axes(self, load: Callable[[str], ExportedModel], tmp_path: Path) -> None:
         exported = load("""
             def make():
@@ -255,12 +270,14 @@ class TestRefusals:
             (f"({LINEAR},)", "returns tuple, not (module, inputs)"),
             ("(torch.randn(2), torch.randn(2))", "not (module, inputs)"),
             ("None", "returns NoneType"),
-            (f"{LINEAR}, {{}}", "example inputs are dict"),
-            (f"{LINEAR}, ()", "example inputs are dict"),
+            (f"{LINEAR}, {{}}", "the example inputs hold no tensor"),
+            (f"{LINEAR}, ()", "the example inputs hold no tensor"),
             (f"{LINEAR}, None", "example inputs are NoneType"),
-            (f"{LINEAR}, {{'input': [1.0]}}", "input 'input' is list, not a tensor"),
+            (f"{LINEAR}, {{'input': [1.0]}}", "the example inputs hold no tensor"),
+            (f"{LINEAR}, {{'input': {{1, 2}}}}", "input 'input' is set, which holds no tensors"),
             (f"{LINEAR}, (torch.randn(2, 4), torch.randn(2))", "2 example inputs for a forward that takes 1"),
-            (f"{LINEAR}, {{'x': torch.randn(2, 4)}}", "inputs x are not the first parameters of forward (input)"),
+            (f"{LINEAR}, {{'inptu': torch.randn(2, 4)}}", "input 'inptu' is no parameter of forward (input)"),
+            (f"{LINEAR}, {{'inptu': torch.randn(2, 4)}}", "Did you mean 'input'?"),
             (f"{LINEAR}, torch.randn(2, 5)", "calling the module fails: RuntimeError"),
             (f"{LINEAR}, torch.randn(2, 4), {{'inpt': {{0: 'batch'}}}}", "Did you mean 'input'?"),
             (f"{LINEAR}, torch.randn(2, 4), {{'input': [0]}}", "dynamic_axes is not a dict of dicts"),
@@ -289,13 +306,6 @@ class TestRefusals:
     def test_what_the_module_returns(self, result: str, said: str, refusal: Callable[..., str]) -> None:
         module = f"class Odd(nn.Module):\n def forward(self, x): return {result}\n"
         assert said in refusal(f"{module}def make(): return Odd(), torch.randn(2, 4)")
-
-    def test_gaps_in_the_parameters(self, refusal: Callable[..., str]) -> None:
-        module = "class Three(nn.Module):\n def forward(self, a, b=None, c=None): return a\n"
-        inputs = "{'a': torch.randn(2), 'c': torch.randn(2)}"
-        assert "inputs a, c are not the first parameters of forward (a, b, c)" in refusal(
-            f"{module}def make(): return Three(), {inputs}"
-        )
 
     def test_order_of_a_dict_does_not_matter(self, load: Callable[[str], ExportedModel], tmp_path: Path) -> None:
         module = "class Minus(nn.Module):\n def forward(self, a, b): return a - b\n"

@@ -16,7 +16,7 @@ import tiny_models
 from huggingface_hub import errors as hub_errors
 
 from onnxpress.contracts.errors import InputError
-from onnxpress.exporters import sources
+from onnxpress.exporters import ExportSettings, sources
 
 TEXT_MODEL = """
 <ir_version: 8, opset_import: ["": 18]>
@@ -72,6 +72,14 @@ class TestPaths:
         (tmp_path / "model.gguf").touch()
         assert "is no source that onnxpress knows" in str(refusal(str(tmp_path / "model.gguf")))
         assert "has no config.json" in str(refusal(str(tmp_path)))
+        (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04 and no more")
+        assert "model.gguf is cut short or damaged" in str(refusal(str(tmp_path / "model.gguf")))
+
+    @pytest.mark.parametrize("name", ["mod el.onnx", "modèle-模型.onnx", "a'b\"c.onnx", "[x] {y}.onnx", "-o.onnx"])
+    def test_names_with_odd_characters(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text_model(tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        assert sources.load(name).source.name == name
 
     def test_the_name_is_the_folders_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "my-model").mkdir()
@@ -114,6 +122,9 @@ class TestHub:
         )
         sources.load("owner/model")
         assert asked["revision"] is None
+        assert "*.py" not in asked["allow_patterns"]
+        sources.load("owner/model", settings=ExportSettings(trust_remote_code=True))
+        assert "*.py" in asked["allow_patterns"]
         assert sources.folder_of("owner/model") == tmp_path
         assert sources.folder_of(str(tmp_path)) == tmp_path
 
@@ -235,6 +246,33 @@ class TestOnnx:
         for labels in (["no", "yes"], {"a": "b"}):
             (tmp_path / "config.json").write_text(json.dumps({"id2label": labels}))
             assert "id2label" in str(refusal(str(path)))
+
+    @pytest.mark.parametrize("place", ["model.onnx", "onnx/model.onnx"])
+    def test_a_folder_that_optimum_wrote(self, place: str, tmp_path: Path) -> None:
+        tiny_models.write_tokenizer(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": {"0": "no", "1": "yes"}}))
+        (tmp_path / "ort_config.json").write_text("{}")
+        text_model(tmp_path / place, TEXT_MODEL.replace("float[N, S] logits", "float[N, 2] logits"))
+        loaded = sources.load(str(tmp_path))
+        assert (loaded.source.kind, loaded.source.name) == ("onnx", "model.onnx")
+        assert loaded.tokenize is not None
+        assert loaded.id2label == {0: "no", 1: "yes"}
+        assert loaded.original_file == tmp_path / place
+
+    def test_a_folder_of_several_parts(self, tmp_path: Path) -> None:
+        parts = ["decoder_model", "decoder_model_merged", "decoder_with_past_model", "encoder_model"]
+        for part in parts:
+            text_model(tmp_path / f"{part}.onnx")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+        error = refusal(str(tmp_path))
+        assert f"holds 4 .onnx files: {', '.join(f'{part}.onnx' for part in parts)}" in str(error)
+        assert error.next_step == f"Name one of them, such as {tmp_path / 'decoder_model.onnx'}."
+        assert sources.load(str(tmp_path / "encoder_model.onnx")).source.name == "encoder_model.onnx"
+
+    def test_beside_weights_a_graph_is_not_the_original(self, tmp_path: Path) -> None:
+        text_model(tmp_path / "onnx/model.onnx")
+        (tmp_path / "model.safetensors").touch()
+        assert sources.form_of(str(tmp_path))[0] == "transformers"
 
     def test_what_was_exported_can_be_read_back(
         self, subject: Callable[[str], tiny_models.Subject], tmp_path: Path
