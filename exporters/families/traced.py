@@ -56,18 +56,24 @@ class plain_kernels:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
-        config = getattr(model, "config", None)
-        self.attention = getattr(config, "_attn_implementation", None)
-        self.experts = getattr(config, "_experts_implementation", None)
+        # Parents first: setting one sets those below it. A backbone may support less than the model around it
+        self.configs: list[Any] = list(
+            {id(c): c for part in model.modules() if (c := getattr(part, "config", None)) is not None}.values()
+        )
+        self.attention = [getattr(config, "_attn_implementation", None) for config in self.configs]
+        self.experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
 
     def __enter__(self) -> None:
-        self._set("eager", "batched_mm")
+        if any(self.attention) and hasattr(self.model, "set_attn_implementation"):
+            self.model.set_attn_implementation("eager")
+        self._set_experts("batched_mm")
 
     def __exit__(self, *_: object) -> None:
-        self._set(self.attention, self.experts)
+        for config, attention in zip(self.configs, self.attention, strict=True):
+            if attention is not None:
+                config._attn_implementation = attention
+        self._set_experts(self.experts)
 
-    def _set(self, attention: str | None, experts: str | None) -> None:
-        if self.attention and attention and hasattr(self.model, "set_attn_implementation"):
-            self.model.set_attn_implementation(attention)
+    def _set_experts(self, experts: str | None) -> None:
         if self.experts and experts and hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation(experts)
