@@ -57,6 +57,9 @@ def program(layer: Layer) -> Any:
 
 @pytest.fixture
 def no_rules_kept() -> Iterator[None]:
+    """Everything is imported that the plain way imports when it is first used, and our own rules are forgotten."""
+    importlib.import_module(f"{exporter.__name__}._compat")
+    aten_to_onnx._rules(20)
     aten_to_onnx._rules.cache_clear()
     yield
     aten_to_onnx._rules.cache_clear()
@@ -112,7 +115,6 @@ def test_names_axes_and_numbers_are_those_of_plain_torch(layer: Layer) -> None:
 def test_without_a_private_step_the_plain_way_does_it_all(
     missing: str, program: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    importlib.import_module(f"{exporter.__name__}._compat")  # the plain way has what it needs
     monkeypatch.delattr(exporter, missing)
     monkeypatch.setitem(sys.modules, f"{exporter.__name__}.{missing}", None)
     with quiet(), torch.no_grad():
