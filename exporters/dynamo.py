@@ -65,8 +65,10 @@ def refuse_one_sided(
     """Refuse a graph that follows one branch of `if x.shape[0] < 100:`, which torch.export accepts without a word.
 
     torch.export records the branch as an upper limit of the axis. Where the original refuses larger sizes too (an
-    `assert length <= block_size`), the limit is the model's own and the graph is right.
+    `assert length <= block_size`), the limit is the model's own and the graph is right. So it is where no text is as
+    long: a table of sinusoidal positions that would grow for longer ones need not.
     """
+    longest = _longest_text(module)
     nodes = {node.name: node for node in program.graph.nodes}
     for name, node_name in zip(inputs, program.graph_signature.user_inputs, strict=True):
         for axis, symbol in dynamic_axes.get(name, {}).items():
@@ -75,7 +77,7 @@ def refuse_one_sided(
             limit = str(getattr(allowed, "upper", ""))  # sympy's infinity prints as int_oo
             if (
                 limit.isdigit()
-                and int(limit) < 2**20
+                and int(limit) < (longest if symbol.endswith("sequence") else 2**20)
                 and at_size(module, inputs, dynamic_axes, symbol, int(limit) + 1) is not None
             ):
                 two_sided = ExportError(
@@ -85,6 +87,13 @@ def refuse_one_sided(
                 )
                 two_sided.branches = True
                 raise two_sided
+
+
+def _longest_text(module: torch.nn.Module) -> int:
+    """The longest text in tokens that the configuration of a transformers model speaks of; a million without one."""
+    config = getattr(getattr(module, "model", None), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else 2**20
 
 
 def explained(error: BaseException, module: torch.nn.Module, prefix: str = "") -> ExportError:

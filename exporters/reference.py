@@ -81,7 +81,7 @@ class TorchReference:
         return self
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor = torch.from_numpy(np.asarray(array, order="C")).to(self.device)
         return tensor.to(torch.bfloat16) if self.bfloat16 and tensor.is_floating_point() else tensor
 
 

@@ -112,7 +112,7 @@ def longest_sequence(config: Mapping[str, Any], tokenizer: Any, folder: Path | N
     """Tokens that positions, tokenizer and sentence-transformers' settings allow, or None without a limit."""
     limits = [getattr(tokenizer, "model_max_length", None)] if tokenizer is not None else []
     limits.append(sentence_limit(folder) if folder is not None else None)
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
     if isinstance(positions, int) and positions > 0:
         offset = 0
         if config.get("model_type") in _OFFSET_POSITIONS:

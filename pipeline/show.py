@@ -102,10 +102,23 @@ def _quality_table(manifest: dict[str, Any]) -> Table:
         )
     ]
     rows += _metric_rows(manifest["metrics"])
-    for name, errors in manifest["parity"].items():
-        noise = errors["sqnr_db"]
-        rows.append((f"SQNR of {name}, dB", "", "exact" if noise is None else f"{noise:.1f}", ""))
+    rows += _noise_rows({name: errors["sqnr_db"] for name, errors in manifest["parity"].items()})
     return _table("Size and quality", ("measure", "reference", "pressed", "change"), rows)
+
+
+_MOST_OUTPUTS = 6
+
+
+def _noise_rows(noises: dict[str, float | None]) -> list[tuple[str, str, str, str]]:
+    """Signal to noise of each output; of a decoder's cache, which has two a layer, the worst."""
+    cache = [name for name in noises if name.startswith("present")]
+    if len(noises) <= _MOST_OUTPUTS or not cache:
+        cache = []
+    rows = {f"SQNR of {name}, dB": noise for name, noise in noises.items() if name not in cache}
+    if cache:
+        finite = [noise for name in cache if (noise := noises[name]) is not None]
+        rows[f"SQNR of the cache, the worst of {len(cache)}, dB"] = min(finite, default=None)
+    return [(name, "", "exact" if noise is None else f"{noise:.1f}", "") for name, noise in rows.items()]
 
 
 def _metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -117,6 +130,8 @@ def _metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             if drop is None
             else "unchanged"
             if drop == 0
+            else f"{drop:+.2f} %"  # of a perplexity, less is better
+            if name == "perplexity"
             else f"{-drop:+.2f}"
             if abs(drop) >= 0.1
             else f"{-drop:+.4f}"

@@ -82,7 +82,7 @@ _TAPS = re.compile(
 CAPS: dict[str, int] = {
     "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "type_vocab_size": 4, "num_mel_bins": 80,
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "o_lora_rank": 16, "index_head_dim": 16,
-    "index_n_heads": 2, "index_topk": 8, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "n_group": 2,
+    "index_n_heads": 16, "index_topk": 8, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "n_group": 2,
     "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1, "sliding_window": 8, "attention_chunk_size": 8,
     "local_attention": 8, "sliding_window_size": 8, "max_window_layers": 1, "n_positions": POSITIONS,
     "n_ctx": POSITIONS,

@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from greedy import Exported, build, continued, export, generated, relative_error
 
 from onnxpress.contracts.decoding import Decoding
 from onnxpress.contracts.errors import ExportError, InputError
+from onnxpress.exporters.dynamo import export_module
 from onnxpress.exporters.families.decoder import Decoder, StatefulDecoder, layout_of, trace_cached, trace_decoder
 
 ASSETS = Path(os.environ.get("ONNXPRESS_ASSETS", Path(__file__).resolve().parents[4] / "shared" / "assets"))
@@ -188,3 +190,25 @@ def test_stories260k_tells_the_story_that_generate_tells(tmp_path: Path) -> None
     for ids in (np.array([[1]]), np.array([[1, 403, 407, 261, 378]])):
         got = continued(run, decoding, ids, np.ones_like(ids), 64)
         assert np.array_equal(got, generated(model, ids, np.ones_like(ids), 64))
+
+
+class _Branching(torch.nn.Module):
+    """Computes something else for more than 20 tokens."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.model = SimpleNamespace(config=transformers.LlamaConfig(max_position_embeddings=longest))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x * 2 if x.shape[1] > 20 else x + 1,)
+
+
+def test_a_branch_beyond_the_longest_text_is_none() -> None:
+    def graph(longest: int) -> None:
+        axes = {"x": {0: "batch", 1: "sequence"}}
+        inputs = {"x": torch.ones(2, 5)}
+        export_module(_Branching(longest).eval(), inputs, output_names=["y"], dynamic_axes=axes)
+
+    graph(20)
+    with pytest.raises(ExportError, match="takes another branch where 'sequence'"):
+        graph(21)
