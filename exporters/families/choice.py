@@ -14,7 +14,7 @@ from ..encoder import PoolingPlan
 from .decoder import trace_cached
 from .encoder_decoder import trace_encoder_decoder
 from .forward import trace_forward
-from .text_encoder import input_names, trace_text_encoder
+from .text_encoder import input_names, returns, trace_text_encoder
 from .traced import Traced
 
 _OTHER_SENSES = {"pixel_values", "input_values", "input_features", "bbox", "past_values"}
@@ -55,7 +55,9 @@ def traces_of(
         if decoder is not None:
             return [decoder]  # others keep nothing between calls, and read the whole text in each
     if text_only and task.name != "multiple-choice" and not (task.name == FEATURES and reads_from_encoder):
-        return [trace_text_encoder(model, task, pooling, input_names(model, tokenizer), max_length)]
+        names = input_names(model, tokenizer)
+        if task.name != FEATURES or pooling.kind != "none" or returns(model, names, task.outputs):
+            return [trace_text_encoder(model, task, pooling, names, max_length)]
     return [trace_forward(model, task, preprocessor)]
 
 

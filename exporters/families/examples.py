@@ -270,9 +270,11 @@ def inputs_for(model: Any, needed: Sequence[str], make: Examples) -> dict[str, E
 
 
 def _unknown_inputs(model: Any) -> ExportError:
+    parameters = inspect.signature(model.forward).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][:1]
+    reads = model.main_input_name if model.main_input_name not in _MAKERS or not first else first[0]
     return ExportError(
-        f"{type(model).__name__} reads '{model.main_input_name}', for which no example can be made here "
-        f"(known: {', '.join(_MAKERS)})",
+        f"{type(model).__name__} reads '{reads}', for which no example can be made here (known: {', '.join(_MAKERS)})",
         next_step="Write a factory that returns the model with example inputs: package.module:factory.",
     )
 

@@ -12,7 +12,7 @@ import torch
 from ...contracts.errors import ExportError
 from ...contracts.tasks import Task
 from ..reference import named_outputs
-from .examples import Examples, inputs_for, with_image_tokens
+from .examples import Example, Examples, inputs_for, with_image_tokens
 from .traced import Traced
 
 _NOT_RESULTS = ("loss", "past_key_values", "cache_params", "hidden_states", "attentions", "mems")
@@ -84,7 +84,7 @@ def sample_inputs(
     for seed, (batch, length) in enumerate(((1, 5), (3, 12))):
         make = Examples(model, preprocessor, seed=seed + 1, batch=batch, length=length)
         examples = {name: example for name in names if (example := make.make(name)) is not None}
-        if set(examples) != set(names) or any(examples[n].tensor.ndim != traced[n].ndim for n in names):
+        if set(examples) != set(names) or not all(_fits(examples[name], traced[name]) for name in names):
             return ({name: tensor.numpy() for name, tensor in traced.items()},)
         examples = with_image_tokens(model, examples, make)
         tensors = {name: examples[name].tensor for name in names}
@@ -93,3 +93,11 @@ def sample_inputs(
             tensors["attention_mask"][0, -2:] = 0
         samples.append({name: tensor.numpy() for name, tensor in tensors.items()})
     return tuple(samples)
+
+
+def _fits(example: Example, traced: torch.Tensor) -> bool:
+    """Whether an example has the layout of the one that was traced: the same sizes where none is open."""
+    shape = example.tensor.shape
+    return len(shape) == traced.ndim and all(
+        size == traced.shape[axis] for axis, size in enumerate(shape) if axis not in example.axes
+    )

@@ -83,6 +83,16 @@ def _example(model: Any, names: Sequence[str], length: int = 7) -> dict[str, tor
     return {n: values[n] for n in names}
 
 
+def returns(model: Any, names: Sequence[str], outputs: Sequence[str]) -> bool:
+    """Whether the model returns these outputs, or fails, which is for others to say."""
+    try:
+        with torch.no_grad():
+            result = model(**_example(model, names), return_dict=True)
+    except Exception:  # noqa: BLE001 - whatever the model's code raises
+        return True
+    return all(name in result for name in outputs)
+
+
 def _check_it_runs(encoder: Encoder, examples: Mapping[str, torch.Tensor]) -> None:
     """Tell a checkpoint whose own PyTorch code fails from one that cannot be exported."""
     try:

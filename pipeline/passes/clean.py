@@ -34,6 +34,7 @@ from ...exporters.streamed_tensor import streamed
 from ..statistics import Calibration
 from .base import Left, Pass, Plan, register
 from .graph import attribute, consumers, drop_unused_weights, fresh_name, is_op, is_weight, nodes_of
+from .near_neutral import with_exact_constants
 from .sequence_types import correct_sequence_types
 
 
@@ -85,7 +86,10 @@ def _fold_constants(model: ir.Model) -> None:
         weight = node.inputs[0] if is_op(node, "Transpose") else None
         return False if weight is not None and is_weight(weight) and len(consumers(weight)) > 1 else None
 
-    onnxscript.optimizer.optimize_ir(model, num_iterations=4, should_fold=shared_transpose)
+    def fold(model: ir.Model) -> None:
+        onnxscript.optimizer.optimize_ir(model, num_iterations=4, should_fold=shared_transpose)
+
+    with_exact_constants(model, fold)
 
 
 _PATH = re.compile(r"(?:^|[\s\"'=:(\[,])(?:/[\w.@+-]+){2,}|[A-Za-z]:\\|\\\\\w")
