@@ -57,7 +57,10 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
         return None
     if attribute.type == ir.AttributeType.TENSOR:
         return np.asarray(attribute.as_tensor().numpy())
-    return np.asarray(attribute.value) if attribute.type != ir.AttributeType.SPARSE_TENSOR else None
+    if attribute.type == ir.AttributeType.SPARSE_TENSOR:
+        return None
+    floats = attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS)
+    return np.asarray(attribute.value, np.float32 if floats else None)  # value_float is fp32, whatever Python has
 
 
 def is_weight(value: ir.Value | None) -> bool:

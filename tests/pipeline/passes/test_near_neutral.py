@@ -44,6 +44,21 @@ def test_only_what_changes_nothing_is_removed(op: str, value: str, kept: bool) -
     np.testing.assert_array_equal(run(cleaned, {"x": x})[0], run(model, {"x": x})[0])
 
 
+ATTRIBUTE = """
+<ir_version: 10, opset_import: ["" : 20]>
+main (float[n, 2] x) => (float[n, 2] y) {
+  c = Constant <value_float = 1e-6> ()
+  y = Add (x, c)
+}
+"""
+
+
+def test_a_number_in_an_attribute_stays_of_32_bits() -> None:
+    cleaned, _ = run_pass(Clean(), model_from(ATTRIBUTE))
+    x = np.zeros((1, 2), np.float32)
+    np.testing.assert_array_equal(run(cleaned, {"x": x})[0], np.full((1, 2), 1e-6, np.float32))
+
+
 BRANCH = """
 <ir_version: 10, opset_import: ["" : 20]>
 main (bool b, float[2] x) => (float[2] y)
