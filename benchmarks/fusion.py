@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/fusion.py [--quick] [--models bert,llama] [--rounds 40] [--threads 2] [--write]
 
 Models with random weights, 4 layers of width 768 (T5: 512), exported with dynamo at opset 20, and stories260K where the
-assets are there; about 25 minutes on 2 cores, most of it exporting. Every graph is run by ONNX Runtime with its own
+assets are there; about 5 minutes on 2 cores, most of it exporting. Every graph is run by ONNX Runtime with its own
 fusions at load time switched on, as they are by default: they are part of each row, the first included. The peers are
 onnxscript's `optimize_for_ort` and `onnxruntime.transformers.optimizer`, called as their documentation shows. `--quick`
 takes tiny models and few rounds, to see that everything runs; `--write` puts the tables into README.md.
