@@ -65,7 +65,7 @@ class Decoding:
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
         """The cache before the first token: nothing along the axis that grows, zeros in states of fixed size."""
-        return {spec.name: np.zeros(self._shape(spec, batch, 0), spec.dtype) for spec in self.caches}
+        return {spec.name: np.zeros(cache_shape(spec, batch, 0), spec.dtype) for spec in self.caches}
 
     def next_cache(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The cache for the next call, out of this call's outputs."""
@@ -110,18 +110,19 @@ class Decoding:
                 return int(cache[spec.name].shape[axis])
         return 0
 
-    @staticmethod
-    def _shape(spec: TensorSpec, batch: int, past: int) -> tuple[int, ...]:
-        axis = growing_axis(spec)
-        return tuple(
-            past if i == axis else dim if isinstance(dim, int) else batch if i == 0 else 1
-            for i, dim in enumerate(spec.shape)
-        )
-
 
 def growing_axis(spec: TensorSpec) -> int | None:
     """The axis along which a cache grows: the first open one behind the batch."""
     return next((i for i, dim in enumerate(spec.shape) if i > 0 and not isinstance(dim, int)), None)
+
+
+def cache_shape(spec: TensorSpec, batch: int, past: int) -> tuple[int, ...]:
+    """The shape of a cache that holds `past` tokens of `batch` texts."""
+    axis = growing_axis(spec)
+    return tuple(
+        past if i == axis else dim if isinstance(dim, int) else batch if i == 0 else 1
+        for i, dim in enumerate(spec.shape)
+    )
 
 
 def positions(mask: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..contracts.decoding import INPUT_IDS, MASK, Decoding, growing_axis
+from ..contracts.decoding import INPUT_IDS, MASK, Decoding, cache_shape
 from ..exporters.exported import ExportedModel
 
 Feeds = dict[str, np.ndarray]
@@ -80,14 +80,9 @@ def _cache_after(exported: ExportedModel, decoding: Decoding, feeds: Feeds) -> M
 
 def _random_cache(decoding: Decoding, batch: int, past: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    cache: dict[str, np.ndarray] = {}
-    for spec in decoding.caches:
-        grows = growing_axis(spec)
-        shape = [
-            past if axis == grows else dim if isinstance(dim, int) else batch for axis, dim in enumerate(spec.shape)
-        ]
-        cache[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-    return cache
+    return {
+        spec.name: rng.standard_normal(cache_shape(spec, batch, past)).astype(spec.dtype) for spec in decoding.caches
+    }
 
 
 def mask_of_output(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -31,6 +31,7 @@ from . import gates as gate_rules
 from .bundle import Staging, write_bundle
 from .data import Dataset, load_dataset
 from .evaluate import evaluate, metric_names
+from .facts import pressed_facts
 from .inputs import Feeds, benchmark_settings, calibration_batches, comparison_cases, golden_cases
 from .passes.base import Pass, PassReport, run_pass
 from .passes.clean import Clean
@@ -41,7 +42,6 @@ from .renumbering import Renumbering
 from .statistics import Calibration
 from .token_identity import CutVocabulary, vocabulary_facts, vocabulary_warning
 from .validate import Parity, Run, compare
-from .versions import versions
 
 BASELINE = "onnx-fp32"
 
@@ -371,27 +371,9 @@ class _Run:
         return [{"op": op, "count": count, "integer": integer} for (op, integer), count in sorted(counts.items())]
 
     def _facts(self, file: Path) -> dict[str, Any]:
-        model, recipe = self.exported.model, self.recipe
         data = self.evaluation
         return {
-            "schema_version": 1,
-            "onnxpress": versions()["onnxpress"],
-            "created_by": f"onnxpress {versions()['onnxpress']}",
-            "task": self.exported.task,
-            "export": self.exported.export_details,
-            "max_length": self.exported.max_length,
-            "recipe": {
-                "name": recipe.name,
-                "sha256": recipe.sha256(),
-                "passes": [dict(entry) for entry in recipe.to_json()["passes"]],
-            },
-            "versions": versions(),
-            "machine": machine_facts.machine(),
-            "variant": recipe.name,
-            "variants": {recipe.name: {"path": f"onnx/{file.name}"}},
-            "signature": signature_of(model).to_json(),
-            "opsets": dict(model.opset_imports),
-            "operators": operator_counts(model),
+            **pressed_facts(self.exported, self.recipe, file, signature_of(self.exported.model)),
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
             "data": {
                 "evaluation": data and {"name": data.name, "sha256": data.sha256, "examples": len(data)},

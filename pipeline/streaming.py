@@ -27,17 +27,16 @@ from ..exporters.families.decoder import trace_decoder
 from ..exporters.reference import TorchReference
 from ..exporters.streamed import StreamedExport, export_streamed, weights_as_called
 from ..exporters.tokenizer import processor_files
-from ..runtime import machine as machine_facts
 from ..runtime.session import Session
 from . import gates as gate_rules
 from .bundle import Staging, write_bundle
+from .facts import pressed_facts
 from .inputs import Case
 from .passes.base import PassReport, run_pass
 from .progress import Progress
 from .recipe import Recipe
 from .streamed_check import WrittenWeights
 from .validate import Parity, Run, compare
-from .versions import versions
 
 _TOKENS = 12
 _GRAPH_COSINE = 0.99
@@ -269,25 +268,8 @@ def _exported(pressed: Streamed, folder: Path, name: str) -> ExportedModel:
 def _manifest(pressed: Streamed, exported: ExportedModel, recipe: Recipe) -> dict[str, Any]:
     candidate_bytes, ratio = pressed.bytes, pressed.reference_bytes / max(1, pressed.bytes)
     return {
-        "schema_version": 1,
-        "onnxpress": versions()["onnxpress"],
-        "created_by": f"onnxpress {versions()['onnxpress']}",
+        **pressed_facts(exported, recipe, pressed.file, exported.signature),
         "source": exported.source.to_json(),
-        "task": exported.task,
-        "export": exported.export_details,
-        "max_length": exported.max_length,
-        "recipe": {
-            "name": recipe.name,
-            "sha256": recipe.sha256(),
-            "passes": [dict(entry) for entry in recipe.to_json()["passes"]],
-        },
-        "versions": versions(),
-        "machine": machine_facts.machine(),
-        "variant": recipe.name,
-        "variants": {recipe.name: {"path": f"onnx/{pressed.file.name}"}},
-        "signature": exported.signature.to_json(),
-        "opsets": dict(exported.model.opset_imports),
-        "operators": graph_file.operator_counts(exported.model),
         "data": {"evaluation": None, "calibration": None},
         "metrics": {},
         "weights": pressed.weights,

@@ -22,7 +22,7 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from ...contracts.decoding import INPUT_IDS
+from ...contracts.decoding import INPUT_IDS, present_of
 from ...contracts.errors import ExportError
 from .caches import CacheTensor, cache_from, describe, tensors_of
 from .decoder import BATCH, PAST, SEQUENCE
@@ -247,7 +247,7 @@ def decoding_samples(
     """
     results = encoder.reference(*(torch.from_numpy(encoded[n]) for n in encoder.inputs))
     names = dict(zip(encoder.outputs, results, strict=True))
-    fixed = {n: names[n.replace("past_key_values", "present")] for n in decoder.inputs if ".encoder." in n}
+    fixed = {n: names[str(present_of(n))] for n in decoder.inputs if ".encoder." in n}
     if ENCODER_MASK in decoder.inputs:
         fixed[ENCODER_MASK] = torch.from_numpy(encoded["attention_mask"])
     batch = next(iter(fixed.values())).shape[0]
@@ -263,7 +263,7 @@ def decoding_samples(
         feeds = {INPUT_IDS: tokens, **fixed, **own}
         calls.append({name: feeds[name].numpy() for name in decoder.inputs})
         results = dict(zip(decoder.outputs, decoder.reference(*(feeds[n] for n in decoder.inputs)), strict=True))
-        own = {name: results[name.replace("past_key_values", "present")] for name in own}
+        own = {name: results[str(present_of(name))] for name in own}
         likeliest = results["logits"][:, -1].argmax(-1, keepdim=True)
         tokens = likeliest.repeat(1, 3) if step == STEPS - 2 else likeliest
     return tuple(calls)

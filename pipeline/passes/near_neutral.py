@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from .graph import constant, fresh_name, is_op, nodes_of
+from .graph import constant, fresh_name, is_op, nodes_of, scalar
 
 _NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
 _NEAR = 1e-4
@@ -41,12 +41,8 @@ def _nearly_neutral(model: ir.Model) -> list[tuple[ir.Node, int, ir.Value]]:
 
 
 def _is_near(value: ir.Value, neutral: float) -> bool:
-    if value.const_value is not None and value.const_value.size != 1:
-        return False  # without reading it
-    array = constant(value)
-    if array is None or array.size != 1 or array.dtype.kind != "f":
-        return False
-    return 0.0 < abs(float(array.reshape(())) - neutral) < _NEAR
+    number = scalar(value)
+    return number is not None and 0.0 < abs(number - neutral) < _NEAR
 
 
 def _hold_back(model: ir.Model, node: ir.Node, position: int, value: ir.Value) -> tuple[ir.Value, ir.TensorProtocol]:
