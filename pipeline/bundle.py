@@ -44,13 +44,14 @@ class Staging:
     Args:
         target: Where the bundle goes.
         force: Whether a bundle there may be replaced.
+        marker: The file by which a folder is known to be one that may be replaced.
 
     Raises:
         InputError: The target exists (without force), is not a bundle, or its parent cannot be written.
     """
 
-    def __init__(self, target: Path, *, force: bool) -> None:
-        self.target = Path(os.path.abspath(target))
+    def __init__(self, target: Path, *, force: bool, marker: str = MANIFEST) -> None:
+        self.target, self._marker = Path(os.path.abspath(target)), marker
         parent = self.target.parent
         self.root = parent / f".{self.target.name}.{os.getpid()}.partial"
         self.folder, self.scratch = self.root / "bundle", self.root / "scratch"
@@ -110,9 +111,10 @@ class Staging:
     def _check(self, force: bool) -> None:
         if not self.target.exists():
             return
-        if not self.target.is_dir() or (any(self.target.iterdir()) and not (self.target / MANIFEST).is_file()):
+        if not self.target.is_dir() or (any(self.target.iterdir()) and not (self.target / self._marker).is_file()):
+            what = "a bundle" if self._marker == MANIFEST else "a handoff"
             raise InputError(
-                f"{self.target.name} exists and is not a bundle; it will not be replaced",
+                f"{self.target.name} exists and is not {what}; it will not be replaced",
                 next_step="Choose another -o.",
             )
         if not force and any(self.target.iterdir()):

@@ -15,50 +15,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..contracts.errors import GateFailed, OnnxpressError
+from .options import (
+    BundleArgument,
+    Calibration,
+    Debug,
+    Evaluation,
+    Force,
+    ForceFile,
+    GateOption,
+    Inputs,
+    Json,
+    Provider,
+    RecipeOption,
+    Set,
+    SourceArgument,
+    Task,
+    Threads,
+    Trust,
+    app,
+    print_result,
+)
 
 if TYPE_CHECKING:
     from .progress import Progress
     from .recipe import Recipe
 
 _INTERRUPTED, _INTERRUPTION = 130, "interrupted; nothing was left behind"
-
-app = typer.Typer(
-    name="onnxpress",
-    help="Press a PyTorch model into the smallest, fastest .onnx that still does its job, and prove it.",
-    epilog="Start with: onnxpress demo. Exit codes: 0 accepted, 1 internal, 2 bad input, 3 a gate failed, "
-    "4 cannot be exported, 5 something is not installed.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Transformers folder or hub id, package.module:factory, timm:NAME, .pt2, TorchScript archive or .onnx.",
-        show_default=False,
-    ),
-]
-Task = Annotated[str | None, typer.Option(help="What the model is for; asked of the checkpoint if absent.")]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="Built-in recipe or YAML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Change one key: passes.0.key=value. Repeatable.")]
-GateOption = Annotated[list[str] | None, typer.Option("--gate", help="Condition: 'accuracy_drop <= 0.3'. Repeatable.")]
-Evaluation = Annotated[str | None, typer.Option(help="Data for the task metric: .tsv .csv .jsonl .npz, ...")]
-Calibration = Annotated[str | None, typer.Option(help="Data for passes that need statistics.")]
-Provider = Annotated[str, typer.Option(help="What runs the model: cpu, openvino, cuda, ...")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code in a transformers folder that needs its own.")
-]
-Inputs = Annotated[
-    list[str] | None, typer.Option("--inputs", help="Example arrays (.npz) for a TorchScript archive. Repeatable.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")]
-ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; one a physical core if absent.", show_default=False)]
-BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
@@ -160,7 +142,7 @@ def export(
         f"largest relative error {part['relative_error']:.2g}"
         for part in (result, *result.get("companions", ()))
     ]
-    _print(result, as_json, "\n".join(lines))
+    print_result(result, as_json, "\n".join(lines))
 
 
 @app.command(epilog="Example: onnxpress validate ./my-model my-model.onnx --evaluation dev.tsv --gate 'cosine >= 0.99'")
@@ -239,7 +221,7 @@ def verify(
 
     result = check(bundle, provider=provider)
     shown = {"files_checked": result.files_checked, "samples_run": result.samples_run, "worst": result.worst}
-    _print(
+    print_result(
         shown, as_json, f"{bundle}: {result.files_checked} files unchanged, {result.samples_run} golden samples agree"
     )
 
@@ -270,7 +252,7 @@ def pack(
     report = run(
         file, output or beside.with_name(f"{beside.name}.pack"), codec=codec, level=level, threads=threads, force=force
     )
-    _print(report.to_json(), as_json, report.summary())
+    print_result(report.to_json(), as_json, report.summary())
 
 
 @app.command(epilog="Example: onnxpress unpack model.onnx.pack -o model.onnx")
@@ -290,7 +272,7 @@ def unpack(
     files = run(packed, output, threads=threads, force=force)
     sizes = {str(file): file.stat().st_size for file in files}
     told = [f"{name}: {size:,} bytes, as they were" for name, size in sizes.items()]
-    _print({"files": sizes}, as_json, "\n".join(told))
+    print_result({"files": sizes}, as_json, "\n".join(told))
 
 
 @app.command(epilog="Example: onnxpress recipes int8-dynamic > my-recipe.yaml")
@@ -311,7 +293,7 @@ def recipes(
         return
     lines = {n: " ".join(x.lstrip("# ") for x in t.splitlines() if x.startswith("#")) for n, t in texts.items()}
     width = max(map(len, lines)) + 2
-    _print(lines, as_json, "\n".join(f"{n:<{width}}{line}" for n, line in lines.items()))
+    print_result(lines, as_json, "\n".join(f"{n:<{width}}{line}" for n, line in lines.items()))
 
 
 @app.command(epilog="Example: onnxpress doctor")
@@ -321,6 +303,10 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     from .show import print_doctor
 
     print_doctor(examine(), as_json=as_json)
+
+
+# Behind the verbs above, so that --help lists them in the order in which one uses them
+from . import cli_deploy  # noqa: E402, F401
 
 
 def _recipe(name: str, overrides: list[str] | None = None, gates: list[str] | None = None) -> Recipe:
@@ -353,10 +339,6 @@ def _name_of(source: str, recipe: str) -> str:
     if path.suffix in (".onnx", ".pt2", ".pt", ".ts", ".jit"):
         last = last.removesuffix(path.suffix)
     return f"{last or 'model'}-{recipe}"
-
-
-def _print(result: Any, as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text)
 
 
 class _Refused(GateFailed):

@@ -68,6 +68,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def model_path(manifest: dict[str, Any], variant: str) -> str:
+    """Return the path of a variant's model, relative to the bundle.
+
+    Raises:
+        BundleError: The manifest names none, or one that is no file of the bundle.
+    """
+    path = _inside(_entry(manifest, "variants", variant, "path"), MANIFEST)
+    if path not in _entry(manifest, "files"):
+        raise BundleError(f"variant '{variant}' names {path}, which is not a file of the bundle", next_step=_REMEDY)
+    return path
+
+
 def hash_file(path: str | Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     return sha256_of([path])
@@ -103,11 +115,9 @@ def verify(folder: str | Path, *, provider: str = "cpu", run: bool = True) -> Ve
     files_checked = _check_files(folder, manifest)
     if not run:
         return VerifyResult(files_checked, 0, {})
-    variants = {name: _inside(_entry(manifest, "variants", name, "path"), MANIFEST) for name in _variants(manifest)}
-    for name, path in variants.items():
-        if path not in manifest["files"]:
-            raise BundleError(f"variant '{name}' names {path}, which is not a file of the bundle", next_step=_REMEDY)
-    tolerance, samples = _read_golden(folder, manifest)
+    variants = {name: model_path(manifest, name) for name in _variants(manifest)}
+    golden, samples = read_golden(folder, manifest)
+    tolerance = golden["tolerance"]
     worst: dict[str, float] = {}
     for name, path in variants.items():
         session = Session(folder / path, provider=provider)
@@ -239,8 +249,14 @@ def _variants(manifest: dict[str, Any]) -> list[str]:
     return list(variants)
 
 
-def _read_golden(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """Return the tolerances, and the inputs and reference outputs of each sample by name."""
+def read_golden(
+    folder: Path, manifest: dict[str, Any]
+) -> tuple[dict[str, Any], list[tuple[dict[str, Array], dict[str, Array]]]]:
+    """Return the golden index (`samples`, `tolerance`), and the inputs and reference outputs of each sample by name.
+
+    Raises:
+        BundleError: They are missing, cannot be read, or contradict each other.
+    """
     index = _inside(_entry(manifest, "golden", "index"), MANIFEST)
     golden = _read_json(folder, index)
     tolerance, listed = _entry(golden, "tolerance", source=index), _entry(golden, "samples", source=index)
@@ -249,7 +265,7 @@ def _read_golden(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any]
     count = len(listed) if isinstance(listed, list) else 0
     if not count or set(inputs) != set(range(count)) or set(outputs) != set(inputs) or not isinstance(tolerance, dict):
         raise BundleError(f"{index} and the arrays beside it do not hold the same samples", next_step=_REMEDY)
-    return tolerance, [(inputs[i], outputs[i]) for i in range(count)]
+    return golden, [(inputs[i], outputs[i]) for i in range(count)]
 
 
 def _read_samples(index: Path, name: str) -> dict[int, dict[str, Array]]:
