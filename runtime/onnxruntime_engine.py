@@ -85,9 +85,15 @@ class OnnxRuntimeEngine:
             values: Sequence[Array]
             values = self._bound(outputs, feeds) if self._bound else self.session.run(outputs, dict(feeds))
         except Exception as error:
-            refused = type(error).__name__ == "InvalidArgument"
-            raise (InputError if refused else OnnxpressError)(f"the model failed: {_first_line(error)}") from error
+            raise _failure(error) from error
         return values
+
+    def run_bound(self, binding: Any, options: Any = None) -> None:
+        """Run on what the caller has bound, an `onnxruntime.IOBinding` of `session`; raises what `run` does."""
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception as error:
+            raise _failure(error) from error
 
     def end_profiling(self) -> Path:
         """See `Engine.end_profiling`; ONNX Runtime adds a time to the prefix."""
@@ -110,7 +116,7 @@ class _DeviceRun:
         self._lock = threading.Lock()  # a binding belongs to one run at a time
 
     def __call__(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        arrays = [np.ascontiguousarray(feeds[name]) for name in self._names]
+        arrays = [np.asarray(feeds[name], order="C") for name in self._names]
         with self._lock:
             binding, buffers = self._binding(arrays)
             for buffer, array in zip(buffers, arrays, strict=True):
@@ -198,6 +204,11 @@ def _spec(node: Any) -> TensorSpec:
     tensor = re.fullmatch(r"tensor\((\w+)\)", node.type)
     dtype = _DTYPES.get(tensor[1], tensor[1]) if tensor else node.type
     return TensorSpec(node.name, dtype, tuple(node.shape or ()))
+
+
+def _failure(error: Exception) -> OnnxpressError:
+    refused = type(error).__name__ == "InvalidArgument"
+    return (InputError if refused else OnnxpressError)(f"the model failed: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

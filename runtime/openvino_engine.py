@@ -118,7 +118,7 @@ class OpenVinoEngine:
     def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Array]:
         """See `Engine.run`."""
         # Inputs are read where they lie and outputs copied once, as ONNX Runtime does on the CPU
-        given = {name: np.ascontiguousarray(feeds[name]) for name in self._inputs if name in feeds}
+        given = {name: np.asarray(feeds[name], order="C") for name in self._inputs if name in feeds}
         with self._lock:
             if self._request is None:
                 self.compiled, self._request = self._compile()

@@ -154,6 +154,11 @@ class Session:
         self._check(feeds)
         return dict(zip(names, self._engine.run(names, feeds), strict=True))
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the model, for a caller that binds buffers of its own."""
+        return self._engine
+
     def end_profiling(self) -> Path:
         """Finish the trace that `profile_to` asked for and return its path, which begins with that prefix."""
         return self._engine.end_profiling()
