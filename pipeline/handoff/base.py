@@ -13,6 +13,7 @@ where both differences are the largest absolute ones over all golden samples (`g
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -102,6 +103,11 @@ def render(package: str, template: str, **values: Any) -> str:
         autoescape=False,  # source code, not HTML
     )
     return environment.get_template(template).render(**values)
+
+
+def write_json(value: Any, path: Path, indent: int | None = None) -> None:
+    """UTF-8, one newline at the end."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", "utf-8", newline="\n")
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ...contracts.decoding import INPUT_IDS, MASK
 from ...contracts.errors import InputError
 from ...runtime.opened import Bundle
 
@@ -43,6 +45,17 @@ def write_golden(bundle: Bundle, folder: Path, variant: str | None = None) -> No
             lines.append(" ".join(map(str, fields)))
             offset += numbers.write(raw)
     (folder / INDEX).write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+
+
+def golden_texts(bundle: Bundle) -> list[dict[str, Any]]:
+    """The golden samples that are one text each, with the token ids that Python made of it."""
+    rows = []
+    for number, sample in enumerate(bundle.golden):
+        ids = sample.inputs.get(INPUT_IDS)
+        if sample.text is not None and ids is not None and ids.shape[0] == 1:
+            mask = sample.inputs.get(MASK, np.ones_like(ids))[:, -ids.shape[1] :]
+            rows.append({"sample": number, "text": sample.text, "ids": [int(i) for i in ids[mask != 0]]})
+    return rows
 
 
 def _tensors(bundle: Bundle, variant: str | None) -> Iterator[tuple[int, str, str, np.ndarray, str]]:

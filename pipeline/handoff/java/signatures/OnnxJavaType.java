@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+// Signatures only, so that the consumer can be compiled without the library. Nothing here can run.
+package ai.onnxruntime;
+
+public enum OnnxJavaType {
+    FLOAT, DOUBLE, INT8, INT16, INT32, INT64, BOOL, STRING, UINT8, FLOAT16, BFLOAT16, UNKNOWN
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+// Signatures only, so that the consumer can be compiled without the library. Nothing here can run.
+package ai.onnxruntime;
+
+public interface OnnxValue extends AutoCloseable {
+    @Override
+    void close();
+}
