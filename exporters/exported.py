@@ -79,6 +79,7 @@ class ExportedModel:
             there are some, they are what is compared on and timed with.
         original_file: For an `.onnx` source, the file.
         location: The source as it was given, for loading it again in another process; never written anywhere.
+        image_settings: timm's `pretrained_cfg`, for sources that have no processor's files; None otherwise.
         export_details: How the export went: backend, attention implementation, mask form, seconds.
     """
 
@@ -95,6 +96,7 @@ class ExportedModel:
     known_inputs: tuple[dict[str, np.ndarray], ...] = ()
     original_file: Path | None = None
     location: str = ""
+    image_settings: dict[str, Any] | None = None
     export_details: dict[str, Any] = field(default_factory=dict)
     name: str = "model"
     companions: tuple[ExportedModel, ...] = ()

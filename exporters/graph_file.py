@@ -80,7 +80,7 @@ def read(path: Path) -> ir.Model:
     return at_least(model, MINIMUM_OPSET, path.name)
 
 
-def write(model: ir.Model, path: Path, *, external_from: int | None = None) -> int:
+def write(model: ir.Model, path: Path, *, external_from: int | None = None, data_name: str | None = None) -> int:
     """Write `model`, with external data beside it as `<name>.onnx_data` when it exceeds protobuf's limit.
 
     Args:
@@ -88,6 +88,7 @@ def write(model: ir.Model, path: Path, *, external_from: int | None = None) -> i
         path: The `.onnx` file.
         external_from: Bytes from which weights go to the data file; None: protobuf's limit. What stays in the `.onnx`
             is in memory, several times, while it is written.
+        data_name: Name of the data file, where a consumer looks for another one.
 
     The bytes depend on the model alone. Returns the number of bytes written over all files.
 
@@ -110,7 +111,7 @@ def write(model: ir.Model, path: Path, *, external_from: int | None = None) -> i
         for name in sparse:  # they keep their place among the initializers, without data
             model.graph.initializers[name].const_value = ir.Tensor(np.zeros(0, np.float32), name=name)
         if large:
-            ir.save(model, partial / path.name, external_data=path.name + "_data")
+            ir.save(model, partial / path.name, external_data=data_name or f"{path.name}_data")
         else:
             ir.save(_in_memory(model), partial / path.name)
         if sparse:

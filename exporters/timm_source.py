@@ -52,6 +52,7 @@ def export_timm_folder(folder: Path, name: str, settings: ExportSettings) -> Exp
     config = read_config(folder)
     exported = _exported(original_of_folder(folder), name, _weights_in(folder), settings)
     exported.processor_files = {"config.json": folder / "config.json"}
+    exported.image_settings = {**(exported.image_settings or {}), **(config.get("pretrained_cfg") or {})}
     labels = config.get("label_names")
     if isinstance(labels, list) and len(labels) == config.get("num_classes"):
         exported.id2label = {number: str(label) for number, label in enumerate(labels)}
@@ -88,7 +89,9 @@ def _exported(original: Original, name: str, weights: Path | None, settings: Exp
     module = original.module.module
     digest = None if weights is None else sha256_of([weights])
     parameters = sum(p.numel() for p in module.parameters())
-    return export_original(original, SourceInfo("timm", name, digest, type(module).__name__, parameters), settings)
+    exported = export_original(original, SourceInfo("timm", name, digest, type(module).__name__, parameters), settings)
+    exported.image_settings = dict(getattr(module, "pretrained_cfg", None) or {}) or None
+    return exported
 
 
 def _original(name: str, model: torch.nn.Module, size: Any = None) -> Original:

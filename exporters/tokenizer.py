@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..contracts.errors import InputError
+from ..contracts.errors import InputError, MissingDependency
 
 PROCESSOR_FILES = (
     "config.json",
@@ -29,6 +30,9 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE_FILES)
+"""A folder with one of these has a tokenizer."""
 INPUT_ORDER = ("input_ids", "attention_mask", "token_type_ids")
 
 # RoBERTa's descendants number positions from the padding id + 1 on, which costs that many of the table's rows
@@ -83,10 +87,20 @@ def processor_files(folder: Path) -> dict[str, Path]:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, or None when it has no tokenizer files; its code is not run unless it is trusted."""
-    known = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-    if not any((folder / n).is_file() for n in known):
+    """The folder's tokenizer, or None when it has no tokenizer files; its code is not run unless it is trusted.
+
+    Raises:
+        InputError: transformers cannot load it.
+        MissingDependency: It is a SentencePiece model alone, and `sentencepiece` is not installed.
+    """
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
         return None
+    if found[0] in SENTENCEPIECE_FILES and find_spec("sentencepiece") is None:
+        raise MissingDependency(
+            f"reading {folder.name}/{found[0]} needs sentencepiece, which is not installed",
+            next_step="pip install 'onnxpress[sentencepiece]', or save the tokenizer with a tokenizer.json.",
+        )
     from transformers import AutoTokenizer
 
     try:

@@ -28,9 +28,14 @@ from safetensors.numpy import save
 from ..contracts.errors import GateFailed, InputError
 from ..exporters.exported import ExportedModel
 from ..runtime.bundle import MANIFEST, SUMS, hash_file, largest_difference, verify, write_sums
+from ..runtime.sbom import SBOM
+from .golden_preprocessing import preprocessing_warnings, write_preprocessing
+from .golden_tokens import tokenizer_warnings, write_tokens
 from .inputs import Case
+from .licence import stated_licence
 from .recipe import Recipe
 from .report import render_card, render_report
+from .sbom import sbom_of
 from .validate import Run
 
 GOLDEN = "golden/golden.json"
@@ -45,13 +50,14 @@ class Staging:
         target: Where the bundle goes.
         force: Whether a bundle there may be replaced.
         marker: The file by which a folder is known to be one that may be replaced.
+        key: Private key to sign the bundle with before it is moved, or None.
 
     Raises:
         InputError: The target exists (without force), is not a bundle, or its parent cannot be written.
     """
 
-    def __init__(self, target: Path, *, force: bool, marker: str = MANIFEST) -> None:
-        self.target, self._marker = Path(os.path.abspath(target)), marker
+    def __init__(self, target: Path, *, force: bool, marker: str = MANIFEST, key: Path | None = None) -> None:
+        self.target, self._marker, self._key = Path(os.path.abspath(target)), marker, key
         parent = self.target.parent
         self.root = parent / f".{self.target.name}.{os.getpid()}.partial"
         self.folder, self.scratch = self.root / "bundle", self.root / "scratch"
@@ -74,6 +80,10 @@ class Staging:
 
     def publish(self) -> Path:
         """Move the finished bundle to the target in one step; returns the target."""
+        if self._key is not None:
+            from .signing import sign
+
+            sign(self.folder, self._key)
         _sync(self.folder)
         try:
             if self.target.exists():
@@ -144,8 +154,10 @@ def write_bundle(
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
         _write_golden(folder, manifest, golden, reference, candidate, slack=1e-4 if load else 2e-2)
         manifest["golden"] = {"index": GOLDEN}
-        manifest["files"] = {}
-        # Report and card show the files' hashes and are files themselves: they list all but themselves
+        _write_inputs(folder, manifest, exported)
+        # Bill of materials, report and card show the files' hashes and are files themselves: they list those before
+        manifest["files"] = _inventory(folder)
+        (folder / SBOM).write_text(sbom_of(manifest), "utf-8")
         manifest["files"] = _inventory(folder)
         (folder / "report.html").write_text(render_report(manifest), "utf-8")
         (folder / "README.md").write_text(render_card(manifest), "utf-8")
@@ -158,6 +170,18 @@ def write_bundle(
     except OSError as error:
         raise _disk_error(staging.target, error) from error
     verify(folder, provider=provider, run=load)
+
+
+def _write_inputs(folder: Path, manifest: dict[str, Any], exported: ExportedModel) -> None:
+    """How texts, pictures and sound are read, with proof, and the licence that the source states."""
+    tokenizer = write_tokens(folder, exported)
+    preprocessing = write_preprocessing(folder, exported)
+    manifest |= {"tokenizer": tokenizer} if tokenizer else {}
+    manifest |= {"preprocessing": preprocessing} if preprocessing else {}
+    manifest.setdefault("warnings", []).extend([*tokenizer_warnings(tokenizer), *preprocessing_warnings(preprocessing)])
+    licence = stated_licence(exported)
+    if licence:
+        manifest.setdefault("source", {})["license"] = licence
 
 
 def _write_golden(

@@ -16,7 +16,6 @@ import typer
 
 from ..contracts.errors import GateFailed, OnnxpressError
 from .options import (
-    BundleArgument,
     Calibration,
     Debug,
     Evaluation,
@@ -90,6 +89,9 @@ def press(
     cache: Annotated[
         Path | None, typer.Option(help="Folder that keeps calibration statistics for the next press on the same data.")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", help="Sign the bundle with this private key (PEM).", show_default=False)
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -111,6 +113,7 @@ def press(
         provider=provider,
         cache=cache,
         force=force,
+        sign=sign,
         progress=_progress(),
     )
     show = partial(print_outcome, outcome, as_json=as_json)
@@ -209,23 +212,6 @@ def inspect(
     print_inspection(inspect_model(model, groups=groups), as_json=as_json)
 
 
-@app.command(epilog="Example: onnxpress verify artifacts/demo")
-def verify(
-    bundle: BundleArgument,
-    provider: Provider = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check every file's hash, load the model and run the golden samples."""
-    from ..runtime.bundle import verify as check
-
-    result = check(bundle, provider=provider)
-    shown = {"files_checked": result.files_checked, "samples_run": result.samples_run, "worst": result.worst}
-    print_result(
-        shown, as_json, f"{bundle}: {result.files_checked} files unchanged, {result.samples_run} golden samples agree"
-    )
-
-
 @app.command(epilog="Example: onnxpress pack model.onnx; writes model.onnx.pack, which Session loads as it is")
 def pack(
     model: Annotated[Path, typer.Argument(help=".onnx file or bundle folder.", show_default=False)],
@@ -306,7 +292,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 # Behind the verbs above, so that --help lists them in the order in which one uses them
-from . import cli_deploy  # noqa: E402, F401
+from . import cli_deploy, cli_generate, cli_serve, cli_trust  # noqa: E402, F401
 
 
 def _recipe(name: str, overrides: list[str] | None = None, gates: list[str] | None = None) -> Recipe:

@@ -39,6 +39,7 @@ from .progress import Progress
 from .proof import prove_export
 from .recipe import Recipe
 from .renumbering import Renumbering
+from .signing import signer
 from .statistics import Calibration
 from .token_identity import CutVocabulary, vocabulary_facts, vocabulary_warning
 from .validate import Parity, Run, compare
@@ -81,6 +82,7 @@ def press(
     force: bool = False,
     name: str | None = None,
     cache: Path | None = None,
+    sign: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Press `source` after `recipe` and write the bundle to `output` if every gate passes.
@@ -93,6 +95,7 @@ def press(
         calibration: Data for passes that measure activations; refused when none of the recipe's does.
         cache: Folder that keeps what was measured for the next press of the same model on the same data.
         evaluation: Data for the task metric and for realistic lengths.
+        sign: Private key to sign the bundle with.
         provider: Execution provider's short name.
         force: Replace a bundle that exists.
         name: The source's name in the manifest, instead of its own.
@@ -105,6 +108,8 @@ def press(
     require_provider(provider)
     gates = recipe.parsed_gates()
     _check_calibration(recipe, calibration)
+    if sign is not None:
+        signer(sign)
     large = folder_to_stream(source, task, recipe.export.weights)
     if large is not None:
         from .streaming import press_streamed
@@ -115,8 +120,8 @@ def press(
                 next_step="Leave --evaluation out; validate the bundle on a machine with enough memory.",
             )
         label = name or large.resolve().name
-        return Outcome(*press_streamed(large, label, recipe, output, task=task, force=force, progress=say))
-    with Staging(output, force=force) as staging:
+        return Outcome(*press_streamed(large, label, recipe, output, task=task, force=force, sign=sign, progress=say))
+    with Staging(output, force=force, key=sign) as staging:
         say("export", name or source)
         proven: list[tuple[_Run, Path]] = []
 

@@ -25,7 +25,7 @@ from .templates import (
     title,
     unit,
 )
-from .templates.card import feeds, front_matter
+from .templates.card import feeds, front_matter, limits, preparation
 from .templates.charts import chart
 
 Json = Mapping[str, Any]
@@ -411,6 +411,8 @@ def render_card(manifest: Json) -> str:
         "rows": card_rows(manifest),
         "reference": _reference(manifest)[1],
         "unmeasured": unmeasured(manifest),
+        "limits": limits(manifest),
+        "preparation": preparation(manifest),
         "path": repr((variants.get(manifest.get("variant")) or {}).get("path") or "onnx/model.onnx"),
         "provider": _PROVIDERS.get(str(row.get("provider")), "CPUExecutionProvider"),
         "feeds": inputs,

@@ -64,6 +64,7 @@ class _Blocks:
         codes, scales, zeros: As stored, one row an output channel (or row of an embedding).
         grid: What the codes mean.
         shape: [rows, columns].
+        first: Where the rows begin in what is stored: behind those of other weights, if they were joined.
     """
 
     codes: ir.TensorProtocol
@@ -71,9 +72,11 @@ class _Blocks:
     zeros: ir.TensorProtocol | None
     grid: Grid
     shape: tuple[int, int]
+    first: int = 0
 
     def rows(self, start: int, stop: int) -> Rounded:
         columns = self.shape[1]
+        start, stop = start + self.first, stop + self.first
 
         def packed(tensor: ir.TensorProtocol, count: int) -> np.ndarray:
             return unpack(_rows(tensor, start, stop).reshape(stop - start, -1), self.grid.width, count)
@@ -96,11 +99,13 @@ class WrittenWeights:
         file: As `graph_file.write` has written it.
         source: The graph before the pass that casts or rounds; its large weights are streamed.
         aliases: Name of a weight that was merged into another, to the name of that.
+        joined: Name of a stored array that was put behind others, to the name of the whole and its first row there.
     """
 
     file: Path
     source: ir.Model
     aliases: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.written = graph_file.read(self.file)
@@ -164,14 +169,17 @@ class WrittenWeights:
 
     def _blocks(self, name: str) -> _Blocks:
         values = self.written.graph.initializers
-        packed = values.get(f"{name}_packed")
+        (packed_name, first), (scale_name, _), (zero_name, _) = (
+            self.joined.get(f"{name}_{part}", (f"{name}_{part}", 0)) for part in ("packed", "scale", "zero_point")
+        )
+        packed = values.get(packed_name)
         if packed is None:
             raise GateFailed(f"the file lacks the weight '{name}'", next_step=_REPORT)
         readers = [
             n for use in consumers(packed) for n in (consumers(use.outputs[0]) if is_op(use, "Reshape") else [use])
         ]
         node = next(n for n in readers if n.domain == MICROSOFT)
-        scale, zero = values[f"{name}_scale"], values.get(f"{name}_zero_point")
+        scale, zero = values[scale_name], values.get(zero_name)
         bits = cast(Bits, attribute(node, "bits", 4))
         grid = Grid(WIDTHS[bits], int(attribute(node, "block_size", 32)), symmetric=zero is None)
         tensor = self.source.graph.initializers[name].const_value
@@ -180,7 +188,7 @@ class WrittenWeights:
         codes, scales, zeros = packed.const_value, scale.const_value, None if zero is None else zero.const_value
         assert codes is not None
         assert scales is not None
-        return _Blocks(codes, scales, zeros, grid, (int(rows), int(columns)))
+        return _Blocks(codes, scales, zeros, grid, (int(rows), int(columns)), first)
 
 
 def _rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:

@@ -78,6 +78,7 @@ def press_streamed(
     *,
     task: str | None = None,
     force: bool = False,
+    sign: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], Path | None]:
     """Press the transformers model in `folder`; returns the manifest, and the bundle's folder if the gates passed.
@@ -92,7 +93,7 @@ def press_streamed(
     _refuse(recipe, task or GENERATION)
     gates = recipe.parsed_gates()
     gate_rules.check_names(gates, [])
-    with Staging(output, force=force) as staging:
+    with Staging(output, force=force, key=sign) as staging:
         file = staging.variant_path(recipe.file_name)
         pressed = write_streamed(folder, recipe, file, say)
         candidate, reference = prove_streamed(pressed, say)
@@ -145,7 +146,7 @@ def write_streamed(folder: Path, recipe: Recipe, file: Path, say: Progress) -> S
     exported = export_streamed(folder, "AutoModelForCausalLM", trace_decoder, opset=recipe.export.opset)
     model, reports = exported.graph, []
     reference_bytes = graph_file.weight_bytes(model)
-    source, aliases = model, dict[str, str]()
+    source, aliases, joined = model, dict[str, str](), dict[str, tuple[str, int]]()
     for settings in recipe.built_passes():
         say("pass", settings.name)
         if settings.name not in _GRAPH_PASSES:
@@ -154,14 +155,15 @@ def write_streamed(folder: Path, recipe: Recipe, file: Path, say: Progress) -> S
         if settings.name in _GRAPH_PASSES:
             source = model
             aliases |= report.details.get("merged_into", {})
+        joined |= report.details.get("joined", {})
         reports.append(report)
     say("write", file.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     size = graph_file.write(model, file, external_from=0)
     say("compare", "all weights with the checkpoint's")
-    check = WrittenWeights(file, source, aliases).check().to_json()
+    check = WrittenWeights(file, source, aliases, joined).check().to_json()
     exported.graph = source
-    exported.details["aliases"] = aliases
+    exported.details |= {"aliases": aliases, "joined": joined}
     return Streamed(exported, file, reports, size, reference_bytes, check)
 
 
@@ -174,7 +176,8 @@ def prove_streamed(pressed: Streamed, say: Progress) -> tuple[Run, Run]:
     exported, traced = pressed.exported, pressed.exported.traced
     session = Session(pressed.file, in_place=True)
     original = TorchReference(traced.reference, traced.inputs, traced.outputs, name="pytorch-fp32")
-    written = WrittenWeights(pressed.file, exported.graph, exported.details.pop("aliases"))
+    aliases, joined = (exported.details.pop(key) for key in ("aliases", "joined"))
+    written = WrittenWeights(pressed.file, exported.graph, aliases, joined)
 
     def with_weights(read: Callable[[str], np.ndarray | None] | None) -> Run:
         def run(feeds: Arrays) -> Arrays:

@@ -8,6 +8,8 @@ SHA256SUMS                   `<hex>  <path>` for all but itself, sorted: `sha256
 golden/golden.json           {"samples": [{"text": ...}], "tolerance": {variant: {output: {"max_abs": ...}}}}
 golden/inputs.safetensors    `<sample>/<input name>`
 golden/outputs.safetensors   `<sample>/<output name>`: what the reference answered
+model.sig                    the signature, where there is one: over all other files, and listed in none of them
+and, for what they hold, `golden_inputs` (golden/tokens.json, preprocessing.json) and `sbom` (sbom.cdx.json)
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from ..contracts.digest import sha256_of
-from ..contracts.errors import BundleError, GateFailed, did_you_mean
+from ..contracts.errors import BundleError, GateFailed, MissingDependency, did_you_mean
+from .golden_inputs import check_preprocessing, check_tokens
+from .sbom import check_sbom
 from .session import Array, Session
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
 
 _REMEDY = "Fetch the bundle again, or press it again."
 
@@ -41,11 +46,19 @@ class VerifyResult:
         files_checked: Files whose checksum was compared.
         samples_run: Golden samples run, summed over the variants; 0 with `run=False`.
         worst: `<variant>/<output>` -> the largest absolute difference from the reference over all samples.
+        materials_checked: Files whose hash in the bill of materials was compared; 0 for a bundle without one.
+        texts_read: Golden texts that `tokenizers` reads as transformers did; 0 with `run=False` or without a tokenizer.
+        preprocessing: Input name -> the largest difference of golden pictures or clips, prepared again.
+        skipped: What could not be checked here, and why.
     """
 
     files_checked: int
     samples_run: int
     worst: dict[str, float]
+    materials_checked: int = 0
+    texts_read: int = 0
+    preprocessing: dict[str, float] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -92,13 +105,14 @@ def write_sums(folder: str | Path) -> Path:
         BundleError: The folder holds a link, a special file, or a name that no SHA256SUMS can hold.
     """
     folder = Path(folder)
-    lines = [f"{hash_file(folder / path)}  {path}\n" for path in _plain_files(folder) if path != SUMS]
+    paths = [path for path in _plain_files(folder) if path not in (SUMS, SIGNATURE)]
+    lines = [f"{hash_file(folder / path)}  {path}\n" for path in paths]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
     return folder / SUMS
 
 
 def verify(folder: str | Path, *, provider: str = "cpu", run: bool = True) -> VerifyResult:
-    """Check every file of a bundle, then run the golden samples through every variant.
+    """Check every file of a bundle, then run the golden samples through every variant, and read the golden inputs.
 
     Args:
         folder: The bundle.
@@ -107,14 +121,16 @@ def verify(folder: str | Path, *, provider: str = "cpu", run: bool = True) -> Ve
 
     Raises:
         BundleError: A file is missing, changed or extra, or the bundle contradicts itself.
-        GateFailed: A variant's output differs from the reference by more than its tolerance.
+        GateFailed: A variant's output differs from the reference by more than its tolerance, or a golden text, picture
+            or clip becomes another input.
         InputError, MissingDependency: As `Session`.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     files_checked = _check_files(folder, manifest)
+    materials = check_sbom(folder, manifest)
     if not run:
-        return VerifyResult(files_checked, 0, {})
+        return VerifyResult(files_checked, 0, {}, materials)
     variants = {name: model_path(manifest, name) for name in _variants(manifest)}
     golden, samples = read_golden(folder, manifest)
     tolerance = golden["tolerance"]
@@ -123,12 +139,31 @@ def verify(folder: str | Path, *, provider: str = "cpu", run: bool = True) -> Ve
         session = Session(folder / path, provider=provider)
         for index, (feeds, expected) in enumerate(samples):
             _compare(name, index, session.run(feeds), expected, tolerance.get(name, {}), worst)
-    return VerifyResult(files_checked, len(samples) * len(variants), worst)
+    for companion in manifest.get("companions", ()):
+        Session(folder / _companion_path(manifest, companion), provider=provider)
+    texts = check_tokens(folder, manifest)
+    prepared, skipped = _prepared(folder, manifest)
+    return VerifyResult(files_checked, len(samples) * len(variants), worst, materials, texts, prepared, skipped)
+
+
+def _companion_path(manifest: dict[str, Any], companion: Any) -> str:
+    path = _inside(_entry(companion, "path"), MANIFEST)
+    if path not in manifest["files"]:
+        raise BundleError(f"a companion names {path}, which is not a file of the bundle", next_step=_REMEDY)
+    return path
+
+
+def _prepared(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """What came of golden pictures or clips, and why they could not be prepared."""
+    try:
+        return check_preprocessing(folder, manifest), ()
+    except MissingDependency as error:
+        return {}, (error.message,)
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> int:
     """Compare disk, SHA256SUMS and manifest with each other; return the number of files compared."""
-    present = set(_plain_files(folder))
+    present = set(_plain_files(folder)) - {SIGNATURE}
     if SUMS not in present:
         raise BundleError(f"{SUMS} is missing from the bundle", next_step=_REMEDY)
     sums = _read_sums(folder)

@@ -17,6 +17,7 @@ from .session import Array, Session
 from .text import TextEncoder
 
 TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+PREPROCESSING = "preprocessing.json"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class Bundle:
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json; empty where the bundle has none."""
         return self._json("generation_config.json")
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """preprocessing.json, which `ImageEncoder` and `AudioEncoder` read; empty where the bundle has none."""
+        return self._json(PREPROCESSING)
 
     @property
     def labels(self) -> dict[int, str]:

@@ -327,7 +327,7 @@ def test_a_signal_handler_is_put_back(tmp_path: Path) -> None:
 def test_the_layout_is_the_design_s(finished: Path) -> None:
     assert sorted(snapshot(finished)) == [
         "README.md", "SHA256SUMS", "golden/golden.json", "golden/inputs.safetensors", "golden/outputs.safetensors",
-        "manifest.json", "onnx/model_quantized.onnx", "recipe.yaml", "report.html",
+        "manifest.json", "onnx/model_quantized.onnx", "recipe.yaml", "report.html", "sbom.cdx.json",
     ]  # fmt: skip
     assert all(p.stat().st_mode & 0o777 == (0o755 if p.is_dir() else 0o644) for p in finished.rglob("*"))
 
@@ -341,7 +341,7 @@ def test_sha256sum_reads_the_sums(finished: Path) -> None:
 
 
 FILES = ("README.md", "golden/golden.json", "golden/inputs.safetensors", "golden/outputs.safetensors", "manifest.json",
-         "onnx/model_quantized.onnx", "recipe.yaml", "report.html")  # fmt: skip
+         "onnx/model_quantized.onnx", "recipe.yaml", "report.html", "sbom.cdx.json")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)

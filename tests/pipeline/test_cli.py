@@ -24,7 +24,8 @@ from .conftest import Run
 from .samples import FAST
 
 VERBS = (
-    "demo", "press", "export", "validate", "benchmark", "inspect", "verify", "pack", "unpack", "recipes", "doctor",
+    "demo", "press", "export", "validate", "benchmark", "inspect", "verify", "sign", "pack", "unpack", "recipes",
+    "doctor", "handoff", "generate", "serve",
 )  # fmt: skip
 VERSION = metadata.version("onnxpress")
 Kept = Callable[[], None]
@@ -125,7 +126,9 @@ def test_verify_says_what_it_checked(onnxpress: Run, bundle: Path) -> None:
     files = sum(1 for path in bundle.rglob("*") if path.is_file()) - 1
     result = onnxpress("verify", bundle)
     assert (result.code, result.err) == (0, "")
-    assert result.out == f"{bundle}: {files} files unchanged, 2 golden samples agree\n"
+    assert result.out == (
+        f"{bundle}: {files} files unchanged, bill of materials agrees, 2 golden samples agree; unsigned\n"
+    )
     shown = json.loads(onnxpress("verify", bundle, "--json").out)
     assert (shown["files_checked"], shown["samples_run"]) == (files, 2)
     assert list(shown["worst"]) == ["int8-dynamic/logits"]

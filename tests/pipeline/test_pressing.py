@@ -364,8 +364,13 @@ def test_a_transformers_folder_with_labels(pressed: tuple[Path, Outcome], classi
     assert manifest.source.architecture == "BertForSequenceClassification"
     assert set(manifest.metrics) == {"accuracy", "top1_agreement_with_reference"}
     assert [gate.expression for gate in manifest.gates] == ["cosine >= 0.95", "accuracy_drop <= 50", "size_ratio > 1"]
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (classifier / name).read_bytes()
+    ours, theirs = (json.loads((place / "tokenizer.json").read_text("utf-8")) for place in (folder, classifier))
+    changed = {key for key in theirs if ours[key] != theirs[key]}
+    assert changed == {"padding", "truncation", "added_tokens"}, "as transformers has it in memory, and was called"
+    told = outcome.manifest["tokenizer"]
+    assert (told["origin"], told["reason"], told["differs"]) == ("rewritten", "transformers changes added_tokens", {})
     throughput = [row for row in manifest.benchmarks if row.setting == "throughput"]
     assert {(row.batch, row.shape) for row in throughput} == {(8, "8 x 40 tokens")}, "it has 40 positions"
     assert manifest.parity["logits"].cosine is not None

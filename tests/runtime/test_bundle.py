@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from onnxpress.contracts.errors import BundleError, GateFailed, MissingDependency
+from onnxpress.contracts.errors import BundleError, GateFailed, MissingDependency, OnnxpressError
 from onnxpress.runtime import VerifyResult, hash_file, read_manifest, verify, write_sums
 from onnxpress.runtime.bundle import largest_difference
 
@@ -307,3 +307,34 @@ def test_largest_difference(actual: list[float], reference: list[float], differe
     assert largest_difference(np.array(actual, np.float32), np.array(reference, np.float32)) == difference
     with np.errstate(all="raise"):
         assert largest_difference(np.array([True, False]), np.array([True, True])) == 1
+
+
+def test_a_signature_beside_is_no_file_of_the_bundle(bundle: Path) -> None:
+    before = (bundle / "SHA256SUMS").read_bytes()
+    (bundle / "model.sig").write_text("{}")
+    assert verify(bundle).files_checked == 6
+    assert write_sums(bundle).read_bytes() == before
+
+
+def test_the_graphs_that_work_with_the_model_are_loaded(bundle: Path, tiny_bytes: bytes) -> None:
+    encoder = bundle / "onnx" / "encoder_model.onnx"
+    encoder.write_bytes(tiny_bytes)
+    seal(bundle, companions=[{"name": "encoder_model", "path": "onnx/encoder_model.onnx"}])
+    assert verify(bundle).samples_run == SAMPLES
+    encoder.write_bytes(b"no graph")
+    seal(bundle, companions=[{"name": "encoder_model", "path": "onnx/encoder_model.onnx"}])
+    verify(bundle, run=False)
+    with pytest.raises(OnnxpressError):
+        verify(bundle)
+    for broken in ({"path": "onnx/absent.onnx"}, {"path": "../encoder.onnx"}, {}, "encoder"):
+        seal(bundle, companions=[broken])
+        with pytest.raises(BundleError):
+            verify(bundle)
+
+
+def test_what_cannot_be_checked_here_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise MissingDependency("reading pictures needs Pillow, which is not installed")
+
+    monkeypatch.setattr("onnxpress.runtime.bundle.check_preprocessing", absent)
+    assert verify(bundle).skipped == ("reading pictures needs Pillow, which is not installed",)
