@@ -52,7 +52,7 @@ def generate(
     """Write what a language model says next, as it comes; what is not given is asked of generation_config.json."""
     from ..runtime.generation import Generator
 
-    generator = Generator(bundle, provider=provider, threads=threads)
+    generator = Generator(bundle, provider=provider, threads=threads, spinning=True)
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = generator.defaults.changed(
         max_new_tokens=max_new_tokens,

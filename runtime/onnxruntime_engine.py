@@ -52,6 +52,7 @@ class OnnxRuntimeEngine:
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
         external: Name of an external data file -> its bytes, uint8 [size], where the model is bytes too.
         in_place: Leave the weights in their file, see `Session`.
+        spinning: Keep worker threads awake between runs, see `Session`.
 
     Raises:
         InputError: It is no ONNX model, or ONNX Runtime cannot run it.
@@ -68,8 +69,10 @@ class OnnxRuntimeEngine:
         profile_to: Path | None,
         external: Mapping[str, Array] | None = None,
         in_place: bool = False,
+        spinning: bool = False,
     ) -> None:
-        loaded = _load(model, provider, full_name, threads, profile_to, external or {}, in_place=in_place)
+        options = _options(onnxruntime(), threads, profile_to, spinning=spinning)
+        loaded = _load(model, provider, full_name, options, external or {}, in_place=in_place)
         self.session, self.load_ms = loaded
         self.threads = threads
         self.signature = Signature(
@@ -150,8 +153,7 @@ def _load(
     model: str | Path | bytes,
     provider: str,
     full_name: str,
-    threads: int,
-    profile_to: Path | None,
+    options: Any,
     external: Mapping[str, Array],
     *,
     in_place: bool,
@@ -161,7 +163,6 @@ def _load(
     if full_name in (_CUDA, _TENSORRT):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it could not find; the check below says it
             ort.preload_dlls()  # CUDA and cuDNN from pip's nvidia packages, when torch did not bring them
-    options = _options(ort, threads, profile_to)
     if in_place:  # what is folded, cast or prepacked is a copy in memory
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -184,7 +185,7 @@ def _load(
     return session, load_ms
 
 
-def _options(ort: Any, threads: int, profile_to: Path | None) -> Any:
+def _options(ort: Any, threads: int, profile_to: Path | None, *, spinning: bool = False) -> Any:
     """Return session options that neither print nor disturb other sessions on the same cores."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -192,7 +193,8 @@ def _options(ort: Any, threads: int, profile_to: Path | None) -> Any:
     options.log_severity_level = 3  # errors only
     # Worker threads keep spinning for a while after run() returns. On 2 cores, with several sessions taking turns,
     # a call takes two to three times as long with the spinning of its neighbours (benchmarks/spinning.py).
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)

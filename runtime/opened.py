@@ -139,9 +139,16 @@ class Bundle:
             return None
         return TextEncoder(self.folder, self.signature, self.max_length)
 
-    def session(self, variant: str | None = None, *, provider: str = "cpu", threads: int | None = None) -> Session:
+    def session(
+        self,
+        variant: str | None = None,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        spinning: bool = False,
+    ) -> Session:
         """Load a variant; see `Session`."""
-        return Session(self.model_file(variant), provider=provider, threads=threads)
+        return Session(self.model_file(variant), provider=provider, threads=threads, spinning=spinning)
 
     @cached_property
     def golden(self) -> tuple[GoldenSample, ...]:

@@ -100,6 +100,9 @@ class Session:
         profile_to: Prefix of the trace file that `end_profiling` finishes; None records nothing.
         in_place: Leave the weights in their file and read them from there in each run: for a model that is larger than
             memory. ONNX Runtime only, and slow: nothing is fused, folded or prepacked.
+        spinning: Keep worker threads awake between runs: for a decoder that is alone on its cores, whose steps follow
+            one another at once, some 5 % a token. Every other session on these cores is slowed down. ONNX Runtime
+            only.
 
     Attributes:
         provider: The provider that runs the model, as asked for.
@@ -120,12 +123,13 @@ class Session:
         threads: int | None = None,
         profile_to: Path | None = None,
         in_place: bool = False,
+        spinning: bool = False,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be 1 or more, not {threads}")
         self.provider = provider
         self._engine, unpacking_ms = _engine(
-            model, provider, threads or default_threads(), profile_to, in_place=in_place
+            model, provider, threads or default_threads(), profile_to, in_place=in_place, spinning=spinning
         )
         self.threads, self.load_ms = self._engine.threads, self._engine.load_ms + unpacking_ms
         self.signature = self._engine.signature
@@ -182,7 +186,7 @@ class Session:
 
 
 def _engine(
-    model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None, *, in_place: bool
+    model: str | Path | bytes, provider: str, threads: int, profile_to: Path | None, *, in_place: bool, spinning: bool
 ) -> tuple[Engine, float]:
     """Load the model into the engine that the provider belongs to; return it and the milliseconds of unpacking."""
     full_name = require_provider(provider)
@@ -210,6 +214,7 @@ def _engine(
         profile_to=profile_to,
         external=external,
         in_place=in_place,
+        spinning=spinning,
     )
     return engine, unpacking_ms
 

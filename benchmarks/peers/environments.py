@@ -17,6 +17,7 @@ PACKAGES = {
     "onnxruntime": ["onnxruntime", "onnx", "sympy"],  # sympy for its own shape inference
     "nncf": ["nncf==3.4.0", "onnx", "onnxruntime"],  # 450 MB, without torch; without openvino nothing is sent home
     "pictures": ["pillow==13.0.0", "numpy"],
+    "genai": ["onnxruntime-genai==0.18.0", "torch", "transformers", "onnx", "onnx-ir", "sympy"],  # with its builder
     "zipnn": ["zipnn==0.5.4", "torch", "numpy"],  # torch is named for its pinned build without CUDA
 }
 _HERE = Path(__file__).parent

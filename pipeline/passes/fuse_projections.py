@@ -129,7 +129,12 @@ def write_shared(model: ir.Model, match: SharedInput) -> None:
     assert isinstance(graph, ir.Graph)
     weights = [n.inputs[1] for n in match.nodes]
     name, widths = str(first.outputs[0].name), [int((dims(w) or (0,))[-1] or 0) for w in weights]
-    packed = add_tensor(model, graph, _joined_name(weights), _side_by_side([w for w in weights if w is not None]))
+    packed = add_tensor(
+        model,
+        graph,
+        joined_name([str(w.name) for w in weights if w is not None]),
+        _side_by_side([w for w in weights if w is not None]),
+    )
     new = [make_node("MatMul", [first.inputs[0], packed], [f"{name}_packed"])]
     if match.biases:
         vectors = [constant(_other(add, node)) for add, node in zip(match.biases, match.nodes, strict=True)]
@@ -149,9 +154,9 @@ def _other(add: ir.Node, node: ir.Node) -> ir.Value | None:
     return add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
 
 
-def _joined_name(weights: Sequence[ir.Value | None]) -> str:
+def joined_name(names: Sequence[str]) -> str:
     """`layers.0.self_attn.q_proj+k_proj+v_proj.weight.T`: the parts that differ, joined."""
-    parts = [str(w.name).split(".") for w in weights if w is not None]
+    parts = [name.split(".") for name in names]
     if len({len(p) for p in parts}) != 1:
         return "+".join(".".join(p) for p in parts)
     return ".".join("+".join(dict.fromkeys(column)) for column in zip(*parts, strict=True))

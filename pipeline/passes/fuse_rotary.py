@@ -232,7 +232,8 @@ def write_rotary(model: ir.Model, match: RotaryMatch, tables: Tables) -> None:
     heads, size = sizes[1 if match.heads_first else 2], sizes[3]
     assert isinstance(heads, int)
     assert isinstance(size, int)
-    attributes: dict[str, int | float] = {"num_heads": heads}
+    # The default written out: OpenVINO 2026.4 refuses the operator without it
+    attributes: dict[str, int | float] = {"interleaved": 0, "num_heads": heads}
     if match.rotated != size:
         attributes["rotary_embedding_dim"] = match.rotated
     new: list[ir.Node] = []

@@ -29,6 +29,7 @@ class Generator:
         variant: Which of its variants; the main one without a name.
         provider: A key of `runtime.PROVIDERS`. Caches stay on its device.
         threads: Threads that one operator may use.
+        spinning: Keep worker threads awake between tokens, see `Session`: where nothing else runs on these cores.
 
     Attributes:
         bundle: The bundle.
@@ -49,9 +50,10 @@ class Generator:
         variant: str | None = None,
         provider: str = "cpu",
         threads: int | None = None,
+        spinning: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-        self._graphs = Graphs(self.bundle, variant=variant, provider=provider, threads=threads)
+        self._graphs = Graphs(self.bundle, variant=variant, provider=provider, threads=threads, spinning=spinning)
         self.encoder_decoder = self._graphs.encoder is not None
         configs = self.bundle.generation_config, self.bundle.config
         self.defaults = sampling_of(*configs, encoder_decoder=self.encoder_decoder)

@@ -34,6 +34,7 @@ class Graphs:
         variant: Which of its variants.
         provider: A key of `runtime.PROVIDERS`.
         threads: Threads that one operator may use.
+        spinning: Of the decoder's session, see `Session`.
 
     Attributes:
         decoder: The graph that writes.
@@ -45,7 +46,9 @@ class Graphs:
         InputError: The bundle is no language model.
     """
 
-    def __init__(self, bundle: Bundle, *, variant: str | None, provider: str, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, variant: str | None, provider: str, threads: int | None, spinning: bool
+    ) -> None:
         signature = bundle.signature
         outputs = {spec.name: spec for spec in signature.outputs}
         inputs = {spec.name: spec for spec in signature.inputs}
@@ -58,7 +61,7 @@ class Graphs:
         self._decoding = decoding
         self.vocabulary = _vocabulary(outputs[LOGITS].shape[-1], bundle)
         self._require_known(bundle, set(inputs), companion)
-        self.decoder = bundle.session(variant, provider=provider, threads=threads)
+        self.decoder = bundle.session(variant, provider=provider, threads=threads, spinning=spinning)
         self.encoder = Session(companion, provider=provider, threads=threads) if companion is not None else None
         self.shared = self._appends(bundle, bundle.model_file(variant))
         if provider == "cpu":

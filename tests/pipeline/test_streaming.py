@@ -87,6 +87,17 @@ def test_int4(folder: Path, tmp_path: Path) -> None:
     assert manifest["parity"]["logits"]["cosine"] < manifest["export_parity"]["logits"]["cosine"]
 
 
+def test_products_that_were_joined_are_still_compared_weight_by_weight(folder: Path, tmp_path: Path) -> None:
+    settings = {"passes.quantize_weights.minimum_elements": 0, "passes.quantize_weights.clip_search": "false"}
+    manifest, bundle = press_streamed(folder, "llama", recipe("int4-decoder", **settings), tmp_path / "out")
+    assert bundle is not None
+    assert manifest["passes"][-1]["details"]["products"] > manifest["passes"][-1]["details"]["into"] > 0
+    assert manifest["weights"]["rounded"] == 9
+    assert manifest["weights"]["worst_step"] <= 0.51
+    assert manifest["export_parity"]["logits"]["cosine"] > 0.999
+    assert manifest["parity"]["logits"]["cosine"] < manifest["export_parity"]["logits"]["cosine"]
+
+
 def test_press_and_export_come_here_when_asked(folder: Path, tmp_path: Path) -> None:
     asked = recipe("fp16", **{"export.weights": "streamed"})
     outcome = press(str(folder), asked, tmp_path / "out")

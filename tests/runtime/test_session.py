@@ -71,6 +71,13 @@ def test_bytes_and_default_threads(tiny_bytes: bytes, feeds: dict[str, np.ndarra
     assert list(session.run(feeds, ["y"])) == ["y"]
 
 
+def test_worker_threads_stay_awake_only_when_asked(tiny_bytes: bytes) -> None:
+    quiet, awake = (onnxruntime_session(Session(tiny_bytes, threads=1, spinning=s)) for s in (False, True))
+    assert quiet.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+    with pytest.raises(RuntimeError, match="force_spinning_stop"):
+        awake.get_session_options().get_session_config_entry("session.force_spinning_stop")
+
+
 def test_dtype_names_are_numpys() -> None:
     types = ["float16", "float", "double", "bool", "string", "uint8", "bfloat16"]
     inputs = ", ".join(f"{kind}[?, n] in_{kind}" for kind in types)
