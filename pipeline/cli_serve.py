@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,8 @@ from .options import Debug, Json, Provider, app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from ..runtime.serving.model import ServedModel
 
 KEY_VARIABLE = "ONNXPRESS_API_KEY"
 
@@ -40,6 +42,12 @@ def serve(
         int | None,
         typer.Option(min=1, help="Batches of a model at a time; as the cores allow if absent.", show_default=False),
     ] = None,
+    join: Annotated[
+        str,
+        typer.Option(
+            help="What shares a run: exact (answers stay as they are alone), tolerance (within the bundle's), never."
+        ),
+    ] = "exact",
     max_batch: Annotated[int, typer.Option(min=1, help="Most rows in a batch.")] = 16,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a free model waits for more rows.")] = 0.0,
     queue: Annotated[int, typer.Option(min=1, help="Requests of a model that may wait; the next gets 503.")] = 256,
@@ -85,6 +93,7 @@ def serve(
         provider=provider,
         threads=threads,
         workers=workers,
+        join=join,
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
         queue=queue,
@@ -103,16 +112,18 @@ def serve(
     watching = Watching(log=log, audit=audit, shadow=shadows, share=shadow_share, expectations=expectations)
 
     def told(app: FastAPI, address: str) -> None:
-        models = {served.name: served.version for served in app.state.server.models.values()}
-        typer.echo(_told(address, models, as_json))
+        typer.echo(_told(address, list(app.state.server.models.values()), as_json))
 
     serve_bundles(folders, settings, watching, host, port, on_ready=told)
 
 
-def _told(address: str, models: dict[str, Any], as_json: bool) -> str:
+def _told(address: str, models: list[ServedModel], as_json: bool) -> str:
     if as_json:
-        return json.dumps({"address": address, "models": models})
-    return f"serving {', '.join(f'{name} ({version})' for name, version in models.items())} at {address}"
+        versions = {model.name: model.version for model in models}
+        joined = {model.name: model.current.joining.told() for model in models}
+        return json.dumps({"address": address, "models": versions, "join": joined})
+    lines = [f"serving {', '.join(f'{model.name} ({model.version})' for model in models)} at {address}"]
+    return "\n".join([*lines, *(f"  {model.name}: {model.current.joining.told()}" for model in models)])
 
 
 def _key(file: Path | None) -> str | None:

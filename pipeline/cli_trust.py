@@ -21,19 +21,44 @@ def verify(
     public_key: Annotated[
         Path | None, typer.Option("--public-key", help="Check the signature with this key (PEM).", show_default=False)
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="Also follow the chain of an audit log of `onnxpress serve`.", show_default=False),
+    ] = None,
+    audit_hash: Annotated[
+        str | None, typer.Option(help="A hash of that log, kept elsewhere: it must hold it still.", show_default=False)
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check hashes, bill of materials and signature, load the model, run the golden samples, read the golden texts."""
+    from ..contracts.errors import InputError
     from ..runtime.bundle import verify as check
     from .signing import check_signature
 
+    if audit_hash is not None and audit is None:
+        raise InputError("--audit-hash belongs to an audit log", next_step="Name it with --audit.")
     if public_key is not None:
         check(bundle, run=False)  # before any of it is loaded
     signature = check_signature(bundle, public_key)
     result = check(bundle, provider=provider)
     shown = {**vars(result), "skipped": list(result.skipped), "signature": signature}
-    print_result(shown, as_json, f"{bundle}: {', '.join(_told(result))}; {signature}")
+    lines = [f"{bundle}: {', '.join(_told(result))}; {signature}"]
+    if audit is not None:
+        shown["audit"], told = _audited(bundle, audit, audit_hash)
+        lines.append(told)
+    print_result(shown, as_json, "\n".join(lines))
+
+
+def _audited(bundle: Path, log: Path, kept: str | None) -> tuple[dict[str, Any], str]:
+    """Follow an audit log's chain: what it says, and the line that says it."""
+    from ..runtime.opened import Bundle
+    from ..runtime.serving.audit import check_audit
+
+    result = check_audit(log, contains=kept)
+    ours = result.bundles.get(Bundle(bundle, check=False).sha256, 0)
+    told = f"{log}: {result.lines} lines in one chain, {ours} of {result.answers} answers by this bundle"
+    return {**vars(result), "answers_by_this_bundle": ours}, f"{told}; last hash {result.head}"
 
 
 def _told(result: VerifyResult) -> list[str]:

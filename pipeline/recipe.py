@@ -127,10 +127,10 @@ class Recipe(_Section):
 
 
 def built_in() -> dict[str, str]:
-    """Name to YAML text of every built-in recipe."""
+    """Name to YAML text of every built-in recipe, by name."""
     package = resources.files(f"{__package__}.recipes")
-    files = sorted((f for f in package.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files}
+    files = {f.name.removesuffix(".yaml"): f for f in package.iterdir() if f.name.endswith(".yaml")}
+    return {name: files[name].read_text("utf-8") for name in sorted(files)}
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), gates: Sequence[str] = ()) -> Recipe:

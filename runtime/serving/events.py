@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ..opened import Bundle
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Answer:
         computed_ms: Milliseconds that its batch took; None likewise.
         total_ms: Milliseconds from the request's last byte to the answer's first.
         inputs: What the model read for this request, and nothing of its neighbours in the batch; padded as it was run.
-        outputs: What it answered; empty for an error.
+            Of a request that was run in parts, such as texts of several lengths, the names of each further part end in
+            `@` and the number of its first row.
+        outputs: What it answered; empty for an error, but for the one that an output is not finite.
     """
 
     request_id: str
@@ -50,8 +55,11 @@ class Answer:
 class Observer(Protocol):
     """Watches the server."""
 
-    def loaded(self, model: str, bundle: str, version: str) -> None:
-        """A model answers from now on with this bundle: at the start, and after each reload."""
+    def loaded(self, model: str, bundle: Bundle, version: str, milliseconds: float) -> None:
+        """A model answers from now on with this bundle: at the start, and after each reload.
+
+        `milliseconds` is what opening it and loading its session took.
+        """
         ...
 
     def queued(self, model: str, depth: int) -> None:
