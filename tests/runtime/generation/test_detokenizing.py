@@ -71,7 +71,8 @@ def test_bytes_that_are_no_text_do_not_wait_forever(values: list[int]) -> None:
     detokenizer, waiting = Detokenizer(BYTES.decode), 0
     for token in ids:
         waiting = 0 if detokenizer.push(token) else waiting + 1
-        assert waiting < 8
+        # A half that was given up may become a character after all, which takes its place: that adds nothing
+        assert waiting < 16
         assert len(detokenizer._window) < 48
 
 
