@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -156,12 +156,12 @@ def write_bundle(
         manifest["golden"] = {"index": GOLDEN}
         _write_inputs(folder, manifest, exported)
         # Bill of materials, report and card show the files' hashes and are files themselves: they list those before
-        manifest["files"] = _inventory(folder)
+        manifest["files"] = inventory(folder)
         (folder / SBOM).write_text(sbom_of(manifest), "utf-8")
-        manifest["files"] = _inventory(folder)
+        manifest["files"] = inventory(folder, manifest["files"])
         (folder / "report.html").write_text(render_report(manifest), "utf-8")
         (folder / "README.md").write_text(render_card(manifest), "utf-8")
-        manifest["files"] = _inventory(folder)
+        manifest["files"] = inventory(folder, manifest["files"])
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST).write_text(text + "\n", "utf-8")
         write_sums(folder)
@@ -221,9 +221,11 @@ def _write_golden(
     (folder / GOLDEN).write_text(json.dumps(index_file, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+def inventory(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """Hash and size of every file by its path, but for those that list the others; what is `known` is not read."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, SUMS))
-    return {p.relative_to(folder).as_posix(): {"sha256": hash_file(p), "size": p.stat().st_size} for p in files}
+    known, by_path = known or {}, {p.relative_to(folder).as_posix(): p for p in files}
+    return {n: known.get(n) or {"sha256": hash_file(p), "size": p.stat().st_size} for n, p in by_path.items()}
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:

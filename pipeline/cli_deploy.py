@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .handoff import TARGETS
 from .options import BundleArgument, Debug, Json, app, print_result
 
 
@@ -18,8 +19,7 @@ def handoff(
         str,
         typer.Option(
             "--to",
-            help="node, web, transformers.js, cpp, c, rust, java, csharp, swift, kotlin, openvino, triton, kserve, "
-            "genai or ray-serve.",
+            help=f"{', '.join(TARGETS)}.",
             show_default=False,
         ),
     ],

@@ -35,6 +35,9 @@ MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 
+GoldenFiles = tuple[dict[str, Any], list[tuple[dict[str, Array], dict[str, Array]]]]
+"""The golden index, and the inputs and reference outputs of each sample by name."""
+
 _REMEDY = "Fetch the bundle again, or press it again."
 
 
@@ -284,9 +287,7 @@ def _variants(manifest: dict[str, Any]) -> list[str]:
     return list(variants)
 
 
-def read_golden(
-    folder: Path, manifest: dict[str, Any]
-) -> tuple[dict[str, Any], list[tuple[dict[str, Array], dict[str, Array]]]]:
+def read_golden(folder: Path, manifest: dict[str, Any]) -> GoldenFiles:
     """Return the golden index (`samples`, `tolerance`), and the inputs and reference outputs of each sample by name.
 
     Raises:

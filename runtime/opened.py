@@ -12,7 +12,7 @@ from typing import Any
 
 from ..contracts.errors import BundleError, InputError, did_you_mean
 from ..contracts.signature import Signature
-from .bundle import MANIFEST, SUMS, hash_file, model_path, read_golden, read_manifest, verify
+from .bundle import MANIFEST, SUMS, GoldenFiles, hash_file, model_path, read_golden, read_manifest, verify
 from .session import Array, Session
 from .text import TextEncoder
 
@@ -127,17 +127,19 @@ class Bundle:
         """preprocessing.json, which `ImageEncoder` and `AudioEncoder` read; empty where the bundle has none."""
         return self._json(PREPROCESSING)
 
-    @property
+    @cached_property
     def labels(self) -> dict[int, str]:
         """`id2label` of config.json; empty where there is none."""
         return {int(number): str(label) for number, label in (self.config.get("id2label") or {}).items()}
 
     @cached_property
     def encoder(self) -> TextEncoder | None:
-        """Text to the model's inputs, or None where the bundle has no tokenizer.json."""
-        if not (self.folder / TOKENIZER).is_file():
-            return None
-        return TextEncoder(self.folder, self.signature, self.max_length)
+        """Text to the model's inputs, cut at the model's limit, or None where the bundle has no tokenizer.json."""
+        return self.text_encoder(self.max_length)
+
+    def text_encoder(self, limit: int | None) -> TextEncoder | None:
+        """`encoder` with another limit in tokens; None cuts nothing."""
+        return TextEncoder(self.folder, self.signature, limit) if (self.folder / TOKENIZER).is_file() else None
 
     def session(
         self,
@@ -151,9 +153,14 @@ class Bundle:
         return Session(self.model_file(variant), provider=provider, threads=threads, spinning=spinning)
 
     @cached_property
+    def _golden_files(self) -> GoldenFiles:
+        """See `read_golden`: read once, since every output of every sample asks for its tolerance."""
+        return read_golden(self.folder, self.manifest)
+
+    @cached_property
     def golden(self) -> tuple[GoldenSample, ...]:
         """The golden samples."""
-        index, arrays = read_golden(self.folder, self.manifest)
+        index, arrays = self._golden_files
         rows = zip(index["samples"], arrays, strict=True)
         return tuple(
             GoldenSample(str(row.get("name", i)), row.get("text"), inputs, outputs)
@@ -166,7 +173,7 @@ class Bundle:
         Raises:
             BundleError: The golden index says nothing about it.
         """
-        index, _ = read_golden(self.folder, self.manifest)
+        index, _ = self._golden_files
         try:
             return float(index["tolerance"][variant or self.variants[0]][output]["max_abs"])
         except (KeyError, TypeError, ValueError):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,24 @@ class Attempt:
     note: str = ""
 
 
+def interpreter(home: Path, packages: Sequence[str], *options: str) -> Path:
+    """The interpreter of the environment in `home`, which is made with `packages` when it is first asked for.
+
+    Args:
+        home: Its folder, by whose last part it is called.
+        packages: What pip installs.
+        options: Of pip.
+    """
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not (home / "complete").exists():
+        print(f"... making an environment for {home.name}: {', '.join(packages)}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*command, *options, *packages], check=True)
+        (home / "complete").touch()
+    return python
+
+
 class Environments:
     """Makes each environment when it is first asked for.
 
@@ -46,15 +65,7 @@ class Environments:
 
     def python(self, name: str) -> Path:
         """The interpreter of an environment, with its packages at the versions of constraints.txt."""
-        home = self.folder / name
-        python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if not (home / "complete").exists():
-            print(f"... making an environment for {name}: {', '.join(PACKAGES[name])}", flush=True)
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*command, "--constraint", str(CONSTRAINTS), *PACKAGES[name]], check=True)
-            (home / "complete").touch()
-        return python
+        return interpreter(self.folder / name, PACKAGES[name], "--constraint", str(CONSTRAINTS))
 
     def run(self, name: str, script: str, *words: object) -> str:
         """Run one of the scripts beside this file and return its last line; raises with what it said last instead."""

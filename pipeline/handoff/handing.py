@@ -9,32 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ...contracts.errors import GateFailed, InputError, did_you_mean
-from ...runtime.bundle import hash_file
 from ...runtime.opened import Bundle
-from ..bundle import Staging
+from ..bundle import Staging, inventory
 from ..versions import versions
+from . import TARGETS
 from .base import FAILED, Check, MissingTool, Target, not_run
 
 HANDOFF = "handoff.json"
-
-TARGETS: dict[str, str] = {
-    "node": "node",
-    "web": "web",
-    "transformers.js": "transformers_js",
-    "cpp": "cpp",
-    "c": "c",
-    "rust": "rust",
-    "java": "java",
-    "csharp": "csharp",
-    "swift": "mobile",
-    "kotlin": "mobile",
-    "openvino": "openvino",
-    "triton": "triton",
-    "kserve": "kserve",
-    "genai": "genai",
-    "ray-serve": "ray_serve",
-}
-"""What `--to` takes, to the sub-package whose `TARGETS` holds it."""
 
 
 def target_named(name: str) -> Target:
@@ -95,7 +76,6 @@ def _checked(target: Target, bundle: Bundle, staging: Staging) -> Check:
 
 def _describe(bundle: Bundle, target: Target, folder: Path) -> dict[str, Any]:
     """What handoff.json says: what this is, of which bundle, and what lies in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         "schema_version": 1,
         "target": target.name,
@@ -103,6 +83,6 @@ def _describe(bundle: Bundle, target: Target, folder: Path) -> dict[str, Any]:
         "created_by": f"onnxpress {versions()['onnxpress']}",
         "task": bundle.task,
         "signature": bundle.signature.to_json(),
-        "files": {p.relative_to(folder).as_posix(): {"sha256": hash_file(p), "size": p.stat().st_size} for p in files},
+        "files": inventory(folder),
         "check": not_run("no check was asked for (--check)").to_json(),
     }

@@ -11,7 +11,6 @@ from typing import Any
 from ...contracts.errors import InputError
 from ..opened import Bundle
 from ..session import Array, Session
-from ..text import TextEncoder
 from .chunks import Cancellation, Chunk, Generation, Stream, Usage
 from .graphs import Graphs
 from .loop import Request, follow_beams, one_by_one
@@ -61,7 +60,7 @@ class Generator:
         self._first = token_of("decoder_start_token_id", *configs) if self.encoder_decoder else None
         self._bos, pad = token_of("bos_token_id", *configs), token_of("pad_token_id", *configs)
         self._pad = pad if pad is not None else self.defaults.eos[0] if self.defaults.eos else 0
-        self._text = _text_encoder(self.bundle)
+        self._text = self.bundle.text_encoder(None)  # a prompt that is too long is an error here, not cut
         self.has_text = self._text is not None
 
     @property
@@ -184,8 +183,3 @@ def whole(chunks: Sequence[Chunk]) -> Generation:
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
     finish = chunks[-1].finish if chunks else None
     return Generation("".join(chunk.text for chunk in chunks), tokens, finish or "length")
-
-
-def _text_encoder(bundle: Bundle) -> TextEncoder | None:
-    """The bundle's tokenizer, without a limit: a prompt that is too long is an error here, not cut."""
-    return TextEncoder(bundle.folder, bundle.signature, None) if bundle.encoder is not None else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...contracts.decoding import INPUT_IDS, KEEP, MASK, POSITIONS, Decoding, growing_axis
+from ...contracts.decoding import INPUT_IDS, KEEP, MASK, POSITIONS, Decoding, growing_axis, present_of
 from ...contracts.errors import InputError
 from ..huge_pages import use_huge_pages
 from ..onnx_file import read_onnx
@@ -105,8 +105,8 @@ class Graphs:
         """
         assert self.encoder is not None
         assert self._decoding is not None
-        wanted = {name: name.replace("past_key_values.", "present.") for name in self._decoding.inputs}
-        wanted = {name: output for name, output in wanted.items() if ".encoder." in name}
+        fed = [name for name in self._decoding.inputs if ".encoder." in name]
+        wanted = {name: output for name in fed if (output := present_of(name)) is not None}
         outputs = self.encoder.run(encoded, list(wanted.values()))
         fixed = {name: np.repeat(outputs[output], beams, axis=0) for name, output in wanted.items()}
         rows = len(next(iter(fixed.values())))

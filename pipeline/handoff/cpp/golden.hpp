@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The golden samples (golden/tensors.txt and golden/tensors.bin), and how far two tensors lie apart.
+// The golden samples (golden/tensors.txt and golden/tensors.bin), how far two tensors lie apart, and what a check says.
 //
 //   tensors.txt  one line a tensor: SAMPLE KIND NAME DTYPE OFFSET BYTES TOLERANCE RANK DIM...
 //   tensors.bin  the numbers, little-endian, in C order
@@ -10,10 +10,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <map>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -73,6 +76,44 @@ double largest_difference(const std::vector<T>& actual, const std::vector<T>& ex
     worst = std::max(worst, std::isnan(difference) ? infinite : difference);
   }
   return worst;
+}
+
+// Of one output, over all samples.
+struct Result {
+  double difference = 0, tolerance = 0, from_python = 0;
+};
+
+// `run(sample)` answers a sample by name; `difference(answer, expected)` says how far an answer is from a golden tensor.
+template <typename Run, typename Difference>
+std::map<std::string, Result> compare(const std::vector<Tensor>& tensors, Run run, Difference difference) {
+  std::set<int> samples;
+  for (const auto& tensor : tensors) samples.insert(tensor.sample);
+  std::map<std::string, Result> results;
+  for (const int sample : samples) {
+    const auto outputs = run(sample);
+    for (const auto& tensor : tensors) {
+      if (tensor.sample != sample || tensor.kind == "input") continue;
+      const double found = difference(outputs.at(tensor.name), tensor);
+      auto& result = results[tensor.name];
+      if (tensor.kind == "python") {
+        result.from_python = std::max(result.from_python, found);
+      } else {
+        result.difference = std::max(result.difference, found);
+        result.tolerance = tensor.tolerance;
+      }
+    }
+  }
+  return results;
+}
+
+// Prints one line an output and returns the exit code: 0 where every output is within its tolerance.
+inline int report(const std::map<std::string, Result>& results) {
+  bool within = true;
+  for (const auto& [name, result] : results) {
+    std::printf("%s %.9g %.9g %.9g\n", name.c_str(), result.difference, result.tolerance, result.from_python);
+    within = within && result.difference <= result.tolerance;
+  }
+  return within ? 0 : 1;
 }
 
 }  // namespace golden

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,18 +31,22 @@ class Node(Target):
         (folder / "README.md").write_text(render(__name__, "README.md.j2", **readme_values(about)), "utf-8")
 
     def check(self, bundle: Bundle, folder: Path, scratch: Path) -> Check:
-        program = packages.node()
-        found = packages.require_packages(folder, PACKAGES, "npm install --ignore-scripts")
-        place = packages.workplace(folder, scratch, found)
-        done = run_tool([program, "check.mjs"], place)
-        versions = {"node": run_tool([program, "--version"], place).stdout.strip()}
-        return judge(
-            done,
-            [spec.name for spec in bundle.signature.outputs],
-            command="npm install --ignore-scripts && npm run check",
-            stages=("generated", "run"),
-            versions=versions | packages.versions_of(found, PACKAGES),
-        )
+        return checked_in_node(bundle, folder, scratch, PACKAGES)
+
+
+def checked_in_node(bundle: Bundle, folder: Path, scratch: Path, names: Sequence[str]) -> Check:
+    """Run a handoff's check.mjs on the npm packages in `names`."""
+    program = packages.node()
+    found = packages.require_packages(folder, names, "npm install --ignore-scripts")
+    place = packages.workplace(folder, scratch, found)
+    versions = {"node": run_tool([program, "--version"], place).stdout.strip()}
+    return judge(
+        run_tool([program, "check.mjs"], place),
+        [spec.name for spec in bundle.signature.outputs],
+        command="npm install --ignore-scripts && npm run check",
+        stages=("generated", "run"),
+        versions=versions | packages.versions_of(found, names),
+    )
 
 
 def readme_values(about: dict[str, Any]) -> dict[str, Any]:

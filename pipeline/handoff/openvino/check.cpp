@@ -6,17 +6,11 @@
 // Exit code 0 where every output is within its tolerance. Usage: check [MODEL]
 #include <cstdio>
 #include <exception>
-#include <map>
-#include <set>
 
 #include "golden.hpp"
 #include "model.hpp"
 
 namespace {
-
-struct Result {
-  double difference = 0, tolerance = 0, from_python = 0;
-};
 
 double difference(const ov::Tensor& actual, const golden::Tensor& expected) {
   if (actual.get_shape() != ov::Shape(expected.shape.begin(), expected.shape.end()))
@@ -38,37 +32,13 @@ Tensors inputs_of(const Model& model, const std::vector<golden::Tensor>& tensors
   return inputs;
 }
 
-std::map<std::string, Result> compare(Model& model, const std::vector<golden::Tensor>& tensors) {
-  std::set<int> samples;
-  for (const auto& tensor : tensors) samples.insert(tensor.sample);
-  std::map<std::string, Result> results;
-  for (const int sample : samples) {
-    const auto outputs = model.run(inputs_of(model, tensors, sample));
-    for (const auto& tensor : tensors) {
-      if (tensor.sample != sample || tensor.kind == "input") continue;
-      const double found = difference(outputs.at(tensor.name), tensor);
-      auto& result = results[tensor.name];
-      if (tensor.kind == "python") {
-        result.from_python = std::max(result.from_python, found);
-      } else {
-        result.difference = std::max(result.difference, found);
-        result.tolerance = tensor.tolerance;
-      }
-    }
-  }
-  return results;
-}
-
 }  // namespace
 
 int main(int count, char** words) try {
   Model model(count > 1 ? words[1] : "model/model.onnx");
-  bool within = true;
-  for (const auto& [name, result] : compare(model, golden::read("golden"))) {
-    std::printf("%s %.9g %.9g %.9g\n", name.c_str(), result.difference, result.tolerance, result.from_python);
-    within = within && result.difference <= result.tolerance;
-  }
-  return within ? 0 : 1;
+  const auto tensors = golden::read("golden");
+  const auto run = [&](int sample) { return model.run(inputs_of(model, tensors, sample)); };
+  return golden::report(golden::compare(tensors, run, difference));
 } catch (const std::exception& error) {
   std::fprintf(stderr, "check: %s\n", error.what());
   return 2;

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from ....contracts.tasks import GENERATION
 from ....runtime.opened import Bundle
 from .. import node
-from ..base import Check, Target, copy_files, judge, render, run_tool, write_json
+from ..base import Check, Target, copy_files, render, write_json
 from ..golden import golden_texts, write_golden
-from ..node import packages, readme_values
+from ..node import checked_in_node, readme_values
 from ..node.layout import check_types, describe
 from .expected import generation, image
 from .layout import pipeline_for, require_what_it_reads, write_model
@@ -46,18 +46,7 @@ class TransformersJs(Target):
         (folder / "README.md").write_text(render(__name__, "README.md.j2", **values), "utf-8")
 
     def check(self, bundle: Bundle, folder: Path, scratch: Path) -> Check:
-        program = packages.node()
-        found = packages.require_packages(folder, PACKAGES, "npm install --ignore-scripts")
-        place = packages.workplace(folder, scratch, found)
-        done = run_tool([program, "check.mjs"], place)
-        versions = {"node": run_tool([program, "--version"], place).stdout.strip()}
-        return judge(
-            done,
-            [spec.name for spec in bundle.signature.outputs],
-            command="npm install --ignore-scripts && npm run check",
-            stages=("generated", "run"),
-            versions=versions | packages.versions_of(found, PACKAGES),
-        )
+        return checked_in_node(bundle, folder, scratch, PACKAGES)
 
     def _write_golden(self, bundle: Bundle, folder: Path) -> None:
         write_golden(bundle, folder)
