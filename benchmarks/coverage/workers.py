@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
         seconds: Of processor time, which a busy machine does not stretch; of time by the clock, four times that.
-        bytes: Resident memory.
+        bytes: Memory of its own, beyond what it shares with its parent.
     """
 
     seconds: float = 300.0
@@ -111,11 +111,14 @@ def _result(child: _Child, limits: Limits) -> Result | None:
 
 
 def _used(pid: int | None) -> tuple[float, int]:
-    """Processor time in seconds and resident bytes of a child; zeros when it has just ended."""
+    """Processor time in seconds and bytes of a child's own memory; zeros when it has just ended.
+
+    Its own (USS): what it still shares with the process that it was forked from is not its doing, and may be much.
+    """
     try:
         process = psutil.Process(pid)
         times = process.cpu_times()
-        return round(times.user + times.system, 1), int(process.memory_info().rss)
+        return round(times.user + times.system, 1), int(process.memory_full_info().uss)
     except psutil.Error:
         return 0.0, 0
 
